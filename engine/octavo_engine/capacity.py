@@ -1,0 +1,166 @@
+"""Capacity: geometry x hardware x dtype -> bytes, KV blocks, batch limits and the predicted roofline.
+
+Pure and torch-free. The operator admits with it, the engine starts with it and reports predicted against actual.
+"""
+
+from dataclasses import dataclass
+
+from octavo_kernels.hardware import Hardware
+
+from octavo_engine.errors import CapacityError
+from octavo_engine.geometry import DTYPE_BYTES, Geometry
+
+GIB = 1 << 30
+# What a process holds beside weights, activations and KV: interpreter, libraries, allocator slack.
+RUNTIME_BYTES = {"cpu": 768 << 20, "gpu": 1536 << 20}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the user fixed; None leaves the choice to the plan."""
+
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    num_kv_blocks: int | None = None
+    block_size: int = 16
+    quantization: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """The memory plan of one engine and the limits that follow from it. All sizes in bytes."""
+
+    weight_bytes: int
+    activation_bytes: int
+    runtime_bytes: int
+    kv_block_bytes: int
+    num_kv_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    predicted_decode_ms: float
+    predicted_prefill_tokens_per_s: float
+
+    @property
+    def kv_bytes(self) -> int:
+        """The KV cache as a whole."""
+        return self.num_kv_blocks * self.kv_block_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything that the engine will hold."""
+        return self.weight_bytes + self.activation_bytes + self.runtime_bytes + self.kv_bytes
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.num_kv_blocks * self.block_size
+
+
+def weight_bytes(geometry: Geometry, dtype: str, quantization: str = "none") -> int:
+    """Bytes of the weights as the engine keeps them: int8 linear layers have one scale per output channel."""
+    itemsize = DTYPE_BYTES[dtype]
+    if quantization == "none":
+        return geometry.num_parameters * itemsize
+    heads = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
+    channels = geometry.num_layers * (heads + 2 * geometry.hidden_size + 2 * geometry.intermediate_size)
+    rest = geometry.num_embedding_parameters + geometry.num_other_parameters
+    return geometry.num_linear_parameters + channels * itemsize + rest * itemsize
+
+
+def decode_step_s(geometry: Geometry, hardware: Hardware, weights: int, kv: int, num_seqs: int) -> float:
+    """The roofline of one decode step: bytes over bandwidth or arithmetic over rate, whichever takes longer.
+
+    weights, kv: bytes read. The input embedding is a look-up, so it is not read, unless it is the output's too.
+    """
+    unread = 0 if geometry.tie_word_embeddings else weights * geometry.vocab_size * geometry.hidden_size
+    unread //= max(geometry.num_parameters, 1)
+    read_s = (weights - unread + kv) / (hardware.memory_bandwidth_gbps * 1e9)
+    return max(read_s, step_arithmetic_s(geometry, hardware, num_seqs, num_seqs))
+
+
+def step_arithmetic_s(geometry: Geometry, hardware: Hardware, num_tokens: int, num_logits: int) -> float:
+    """Time of the linear layers' multiplications for `num_tokens`, and of the output layer for `num_logits`."""
+    linear = 2 * geometry.num_linear_parameters * num_tokens
+    output = 2 * geometry.vocab_size * geometry.hidden_size * num_logits
+    return (linear + output) / (hardware.bf16_tflops * 1e12)
+
+
+def plan_capacity(
+    geometry: Geometry,
+    hardware: Hardware,
+    memory_bytes: int,
+    *,
+    dtype: str,
+    kv_cache_dtype: str,
+    limits: Limits,
+    memory_utilization: float = 0.9,
+) -> Capacity:
+    """Share `memory_bytes` of one device between weights, activations and KV blocks, and derive the limits.
+
+    Raises CapacityError that says what does not fit and the smallest memory that would do.
+    """
+    kind = "gpu" if hardware.is_gpu else "cpu"
+    usable = int(memory_bytes * memory_utilization)
+    weights = weight_bytes(geometry, dtype, limits.quantization)
+    block_bytes = geometry.kv_bytes_per_token(kv_cache_dtype) * limits.block_size
+    batched_tokens = limits.max_num_batched_tokens or _default_batched_tokens(hardware)
+    seqs_cap = limits.max_num_seqs or _default_seqs(hardware)
+    activations = _activation_bytes(geometry, dtype, batched_tokens, seqs_cap)
+    fixed = weights + activations + RUNTIME_BYTES[kind]
+    fitting_blocks = max(0, usable - fixed) // block_bytes
+
+    max_model_len = limits.max_model_len or geometry.max_position_embeddings
+    one_request = _ceil_div(max_model_len, limits.block_size)
+    if limits.max_model_len is None and 0 < fitting_blocks < one_request:
+        max_model_len, one_request = fitting_blocks * limits.block_size, fitting_blocks
+    num_blocks = limits.num_kv_blocks or min(fitting_blocks, one_request * seqs_cap)
+    if num_blocks > fitting_blocks or fitting_blocks == 0 or one_request > num_blocks:
+        needed = fixed + max(num_blocks, one_request) * block_bytes
+        raise CapacityError(
+            f"{geometry.architecture} in {dtype} needs {needed / memory_utilization / GIB:.1f} GiB for a context of "
+            f"{max_model_len} tokens ({weights / GIB:.1f} GiB of weights); {hardware.title} offers "
+            f"{memory_bytes / GIB:.1f} GiB: lower max_model_len or num_kv_blocks, or take larger hardware"
+        )
+    max_num_seqs = min(seqs_cap, num_blocks)
+    context = min(max_model_len, 1024)
+    kv_read = geometry.kv_bytes_per_token(kv_cache_dtype) * context * max_num_seqs
+    decode_s = decode_step_s(geometry, hardware, weights, kv_read, max_num_seqs)
+    prefill_s = step_arithmetic_s(geometry, hardware, batched_tokens, 1)
+    return Capacity(
+        weight_bytes=weights,
+        activation_bytes=activations,
+        runtime_bytes=RUNTIME_BYTES[kind],
+        kv_block_bytes=block_bytes,
+        num_kv_blocks=num_blocks,
+        block_size=limits.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(batched_tokens, max_num_seqs),
+        predicted_decode_ms=decode_s * 1e3,
+        predicted_prefill_tokens_per_s=batched_tokens / prefill_s,
+    )
+
+
+def _default_batched_tokens(hardware: Hardware) -> int:
+    """A step long enough to fill the arithmetic units, short enough that running requests do not wait for it."""
+    return 8192 if hardware.is_gpu else 512
+
+
+def _default_seqs(hardware: Hardware) -> int:
+    return 512 if hardware.is_gpu else 64
+
+
+def _activation_bytes(geometry: Geometry, dtype: str, num_tokens: int, num_seqs: int) -> int:
+    """The widest moment of a step: gate and up projections beside the residual, or the logits in fp32."""
+    itemsize = DTYPE_BYTES[dtype]
+    heads = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
+    layer = num_tokens * itemsize * (3 * geometry.hidden_size + heads + 3 * geometry.intermediate_size)
+    logits = 3 * num_seqs * geometry.vocab_size * 4
+    return layer + logits
+
+
+def _ceil_div(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)

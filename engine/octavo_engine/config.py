@@ -1,0 +1,137 @@
+"""The engine's whole configuration: one frozen object, checked at start, shared by engine and operator.
+
+The operator builds an `EngineConfig` and writes it as YAML into a ConfigMap; `octavo serve` reads that file. Each field
+is also a flag (`--max-model-len`) and a variable (`OCTAVO_MAX_MODEL_LEN`). A flag wins over a variable, a variable over
+the file, the file over the default. This module knows neither torch nor where a value is used.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from octavo_engine.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "OCTAVO_"
+
+DataType = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "int8"]
+Device = Literal["auto", "cpu", "cuda"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class EngineConfig(BaseModel):
+    """Everything that one engine replica is told. `None` means that Octavo decides from model and hardware."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+
+    model: str = Field(
+        min_length=1,
+        description="Model to serve: a folder, a .gguf file, hf://organisation/name[@revision], "
+        "or pkg://python-package/file.gguf for a file that an installed Python package carries.",
+    )
+    served_model_name: str | None = Field(
+        None, min_length=1, description="Name in the API; default: the last part of the model's address."
+    )
+    host: str = Field("0.0.0.0", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    device: Device = Field("auto", description="Where the model runs; auto: the GPU if there is one.")
+    dtype: DataType = Field("auto", description="Data type of weights and activations; auto: the model's on a GPU, "
+                            "float32 on a CPU.")
+    quantization: Quantization = Field("none", description="Weights of linear layers: none keeps the dtype, int8 "
+                                       "stores them with one scale per output channel.")
+    kv_cache_dtype: DataType = Field("auto", description="Data type of the KV cache; auto: the model's dtype.")
+    max_model_len: PositiveInt | None = Field(
+        None, description="Longest context in tokens, prompt and answer together; default: the model's, if it fits."
+    )
+    max_num_seqs: PositiveInt | None = Field(None, description="Most requests that run at once.")
+    max_num_batched_tokens: PositiveInt | None = Field(None, description="Token budget of one step.")
+    block_size: Literal[8, 16, 32, 64, 128] = Field(16, description="Tokens in one block of the KV cache.")
+    num_kv_blocks: PositiveInt | None = Field(None, description="Blocks in the KV cache; default: what fits.")
+    memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of the device's memory that the engine may use."
+    )
+    memory_gib: float | None = Field(
+        None, gt=0, description="Memory that the engine may use in GiB; default: the device's, or the container's."
+    )
+    enable_prefix_caching: bool = Field(True, description="Share KV blocks between requests with equal prefixes.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seeds requests that bring no seed of their own.")
+    num_threads: PositiveInt | None = Field(None, description="CPU threads of the engine; default: all it may use.")
+    chat_template: str | None = Field(None, description="File with a Jinja chat template; default: the model's own.")
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM."
+    )
+    stall_timeout_s: float = Field(
+        60.0, gt=0, description="Seconds without a finished step, while work waits, after which /livez fails."
+    )
+    log_level: LogLevel = Field("info", description="How much is logged.")
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the API serves the model."""
+        if self.served_model_name:
+            return self.served_model_name
+        name = self.model.rstrip("/").rsplit("/", 1)[-1].split("@", 1)[0]
+        return name.removesuffix(".gguf") or self.model
+
+    def to_yaml(self) -> str:
+        """The configuration file that makes this object again: only what differs from the defaults, plus the model."""
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        return yaml.safe_dump(values, sort_keys=True)
+
+
+def load_config(
+    flags: Mapping[str, Any], environment: Mapping[str, str], config_file: Path | None = None
+) -> EngineConfig:
+    """Merge flags over OCTAVO_* variables over the file over the defaults.
+
+    flags: field name -> value, without those that were not given.
+    Raises ConfigError that names the flag, the variable or the file's field, and what it should be.
+    """
+    from_file = _read_file(config_file) if config_file else {}
+    from_environment = _read_environment(environment)
+    values = {**from_file, **from_environment, **flags}
+    if "model" not in values:
+        raise ConfigError("no model given: name one as `octavo serve MODEL`, in OCTAVO_MODEL or in the --config file")
+    try:
+        return EngineConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, flags, from_environment, config_file)) from None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the configuration file {path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"the configuration file {path} must hold a mapping of field names to values")
+    return values
+
+
+def _read_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The OCTAVO_* variables that name a field. Others of that prefix belong to other programs and are left alone."""
+    names = {f"{ENVIRONMENT_PREFIX}{name.upper()}": name for name in EngineConfig.model_fields}
+    return {names[key]: value for key, value in environment.items() if key in names}
+
+
+def _explain(
+    error: ValidationError, flags: Mapping[str, Any], from_environment: Mapping[str, str], config_file: Path | None
+) -> str:
+    problem = error.errors()[0]
+    field = str(problem["loc"][0]) if problem["loc"] else "model"
+    if field in flags:
+        place = "MODEL" if field == "model" else f"--{field.replace('_', '-')}"
+    elif field in from_environment:
+        place = f"{ENVIRONMENT_PREFIX}{field.upper()}"
+    else:
+        place = f"{field} in {config_file}"
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: there is no such field; `octavo serve --help` lists them"
+    return f"{place}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

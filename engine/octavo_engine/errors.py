@@ -1,0 +1,38 @@
+"""Errors of the engine. Each says what went wrong and what its reader can do about it.
+
+User mistakes raise an `OctavoError`; the command line prints its one sentence and exits with 2, the HTTP server
+answers with OpenAI's error body. Anything else is a defect and keeps its traceback.
+"""
+
+
+class OctavoError(Exception):
+    """A mistake of the user's, or of the environment, told in one sentence."""
+
+
+class ConfigError(OctavoError):
+    """A flag, an OCTAVO_* variable or a field of the configuration file is wrong."""
+
+
+class ModelSourceError(OctavoError):
+    """The model cannot be found, reached or read."""
+
+
+class UnsupportedModelError(OctavoError):
+    """The model's architecture or format is not one that this engine serves."""
+
+
+class CapacityError(OctavoError):
+    """The model, or the limits that were asked for, do not fit into the memory that there is."""
+
+
+class InvalidRequestError(OctavoError):
+    """A request is wrong; `param` names the field, as OpenAI's error body does."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class EngineDeadError(OctavoError):
+    """The engine process ended; the requests it held end with this error."""

@@ -1,0 +1,181 @@
+"""A model's geometry: the numbers that fix its bytes, read from `config.json` or from a GGUF header.
+
+Torch-free, so that the operator plans with the very numbers that the engine starts with. It knows shapes and counts,
+not how a layer computes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from octavo_engine.errors import ModelSourceError, UnsupportedModelError
+
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Shapes of a decoder-only transformer.
+
+    architecture: the class name of `config.json`, such as LlamaForCausalLM
+    dtype:        data type of the checkpoint's weights; for quantised GGUF files the type they dequantise to
+    """
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    dtype: str
+    has_attention_bias: bool = False
+    has_mlp_bias: bool = False
+    sliding_window: int | None = None
+
+    @property
+    def num_linear_parameters(self) -> int:
+        """Weights of the attention and MLP projections: what a quantisation of linear layers shrinks."""
+        q_and_o = 2 * self.hidden_size * self.num_heads * self.head_dim
+        k_and_v = 2 * self.hidden_size * self.num_kv_heads * self.head_dim
+        gated_mlp = 3 * self.hidden_size * self.intermediate_size
+        return self.num_layers * (q_and_o + k_and_v + gated_mlp)
+
+    @property
+    def num_embedding_parameters(self) -> int:
+        """Input embedding, and output embedding where it is not tied to it."""
+        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+
+    @property
+    def num_other_parameters(self) -> int:
+        """Norms and biases."""
+        norms = (2 * self.num_layers + 1) * self.hidden_size
+        heads = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        attention = (heads + self.hidden_size) * self.num_layers if self.has_attention_bias else 0
+        mlp = (2 * self.intermediate_size + self.hidden_size) * self.num_layers if self.has_mlp_bias else 0
+        return norms + attention + mlp
+
+    @property
+    def num_parameters(self) -> int:
+        """All weights."""
+        return self.num_linear_parameters + self.num_embedding_parameters + self.num_other_parameters
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Bytes of keys and values that one token keeps, over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+
+def read_geometry(path: Path) -> Geometry:
+    """The geometry of a model on disk: a folder with `config.json`, a `config.json`, or a `.gguf` file.
+
+    Raises ModelSourceError where a file is missing or unreadable, UnsupportedModelError where its numbers make no sense.
+    """
+    if path.suffix == ".gguf":
+        return geometry_from_gguf(read_gguf_metadata(path))
+    config_file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelSourceError(f"{path} has no config.json and is no .gguf file, so it is not a model") from None
+    except (OSError, ValueError) as error:
+        raise ModelSourceError(f"cannot read {config_file}: {error}") from None
+    return geometry_from_config(config)
+
+
+def geometry_from_config(config: Mapping[str, Any]) -> Geometry:
+    """The geometry that a Hugging Face `config.json` states.
+
+    Raises UnsupportedModelError that names the missing or contradictory field.
+    """
+    config = {**config, **config.get("text_config", {})}
+    architectures = config.get("architectures") or [str(config.get("model_type", "unknown"))]
+    hidden_size = _count(config, "hidden_size")
+    num_heads = _count(config, "num_attention_heads")
+    num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
+    if num_heads % num_kv_heads:
+        raise UnsupportedModelError(
+            f"config.json: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}"
+        )
+    return Geometry(
+        architecture=str(architectures[0]),
+        num_layers=_count(config, "num_hidden_layers"),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=int(config.get("head_dim") or hidden_size // num_heads),
+        intermediate_size=_count(config, "intermediate_size"),
+        vocab_size=_count(config, "vocab_size"),
+        max_position_embeddings=_count(config, "max_position_embeddings"),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        has_attention_bias=bool(config.get("attention_bias", False)),
+        has_mlp_bias=bool(config.get("mlp_bias", False)),
+        sliding_window=config.get("sliding_window"),
+    )
+
+
+def _count(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise UnsupportedModelError(f"config.json: {name} must be a positive integer, not {value!r}")
+    return value
+
+
+GGUF_ARCHITECTURES: dict[str, str] = {"llama": "LlamaForCausalLM"}
+
+
+def read_gguf_metadata(path: Path) -> dict[str, Any]:
+    """The key-value pairs of a GGUF header as Python values, and `octavo.tensor_names`.
+
+    Raises ModelSourceError if the file is missing or is not GGUF.
+    """
+    from gguf import GGUFReader  # its import costs 0.2 s, which a folder of safetensors need not pay
+
+    try:
+        reader = GGUFReader(path)
+    except FileNotFoundError:
+        raise ModelSourceError(f"there is no file {path}") from None
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ModelSourceError(f"{path} is not a readable GGUF file: {error}") from None
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    metadata["octavo.tensor_names"] = frozenset(tensor.name for tensor in reader.tensors)
+    return metadata
+
+
+def geometry_from_gguf(metadata: Mapping[str, Any]) -> Geometry:
+    """The geometry that a GGUF header states (field names: the GGUF specification).
+
+    Raises UnsupportedModelError for an architecture that Octavo does not read from GGUF.
+    """
+    name = metadata.get("general.architecture")
+    if name not in GGUF_ARCHITECTURES:
+        known = ", ".join(sorted(GGUF_ARCHITECTURES))
+        raise UnsupportedModelError(f"GGUF architecture {name!r} is not supported; supported: {known}")
+
+    def number(key: str, default: int | None = None) -> int:
+        value = metadata.get(f"{name}.{key}", default)
+        if value is None:
+            raise UnsupportedModelError(f"the GGUF header lacks {name}.{key}")
+        return int(value)
+
+    num_heads = number("attention.head_count")
+    hidden_size = number("embedding_length")
+    return Geometry(
+        architecture=GGUF_ARCHITECTURES[name],
+        num_layers=number("block_count"),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=number("attention.head_count_kv", num_heads),
+        head_dim=number("attention.key_length", hidden_size // num_heads),
+        intermediate_size=number("feed_forward_length"),
+        vocab_size=number("vocab_size", len(metadata["tokenizer.ggml.tokens"])),
+        max_position_embeddings=number("context_length"),
+        tie_word_embeddings="output.weight" not in metadata["octavo.tensor_names"],
+        dtype="float32",
+        sliding_window=metadata.get(f"{name}.attention.sliding_window"),
+    )

@@ -1,0 +1,1 @@
+"""One file per op: its torch reference, its kernels, its example inputs."""

@@ -1,0 +1,1 @@
+"""Octavo's Kubernetes operator: observe -> plan -> apply -> report, whole, on every trigger."""
