@@ -80,7 +80,7 @@ class CertificateAuthority:
         return _pair(builder.sign(self._key, hashes.SHA256()), key)
 
 
-def kubeconfig(server: str, authority: bytes, login: dict[str, str]) -> str:
+def kubeconfig(server: str, authority: bytes, login: dict[str, str], namespace: str = "default") -> str:
     """A kubeconfig, as YAML, for one server and one user."""
     return yaml.safe_dump({
         "apiVersion": "v1",
@@ -89,7 +89,9 @@ def kubeconfig(server: str, authority: bytes, login: dict[str, str]) -> str:
             {"name": "octavo", "cluster": {"server": server, "certificate-authority-data": _base64(authority)}}
         ],
         "users": [{"name": "octavo", "user": login}],
-        "contexts": [{"name": "octavo", "context": {"cluster": "octavo", "user": "octavo"}}],
+        "contexts": [
+            {"name": "octavo", "context": {"cluster": "octavo", "user": "octavo", "namespace": namespace}}
+        ],
         "current-context": "octavo",
     })
 
