@@ -40,13 +40,19 @@ class EngineConfig(BaseModel):
     host: str = Field("0.0.0.0", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     device: Device = Field("auto", description="Where the model runs; auto: the GPU if there is one.")
-    dtype: DataType = Field("auto", description="Data type of weights and activations; auto: the model's on a GPU, "
-                            "float32 on a CPU.")
-    quantization: Quantization = Field("none", description="Weights of linear layers: none keeps the dtype, int8 "
-                                       "stores them with one scale per output channel.")
+    dtype: DataType = Field(
+        "auto",
+        description="Data type of weights and activations; auto: the model's on a GPU, float32 on a CPU.",
+    )
+    quantization: Quantization = Field(
+        "none",
+        description="Weights of linear layers: none keeps the dtype, int8 "
+        "stores them with one scale per output channel.",
+    )
     kv_cache_dtype: DataType = Field("auto", description="Data type of the KV cache; auto: the model's dtype.")
     max_model_len: PositiveInt | None = Field(
-        None, description="Longest context in tokens, prompt and answer together; default: the model's, if it fits."
+        None,
+        description="Longest context in tokens, prompt and answer together; default: the model's, if it fits.",
     )
     max_num_seqs: PositiveInt | None = Field(None, description="Most requests that run at once.")
     max_num_batched_tokens: PositiveInt | None = Field(None, description="Token budget of one step.")
@@ -56,15 +62,15 @@ class EngineConfig(BaseModel):
         0.9, gt=0, le=1, description="Share of the device's memory that the engine may use."
     )
     memory_gib: float | None = Field(
-        None, gt=0, description="Memory that the engine may use in GiB; default: the device's, or the container's."
+        None,
+        gt=0,
+        description="Memory that the engine may use in GiB; default: the device's, or the container's.",
     )
     enable_prefix_caching: bool = Field(True, description="Share KV blocks between requests with equal prefixes.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds requests that bring no seed of their own.")
     num_threads: PositiveInt | None = Field(None, description="CPU threads of the engine; default: all it may use.")
     chat_template: str | None = Field(None, description="File with a Jinja chat template; default: the model's own.")
-    drain_timeout_s: float = Field(
-        30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM."
-    )
+    drain_timeout_s: float = Field(30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM.")
     stall_timeout_s: float = Field(
         60.0, gt=0, description="Seconds without a finished step, while work waits, after which /livez fails."
     )
@@ -122,7 +128,10 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _explain(
-    error: ValidationError, flags: Mapping[str, Any], from_environment: Mapping[str, str], config_file: Path | None
+    error: ValidationError,
+    flags: Mapping[str, Any],
+    from_environment: Mapping[str, str],
+    config_file: Path | None,
 ) -> str:
     problem = error.errors()[0]
     field = str(problem["loc"][0]) if problem["loc"] else "model"

@@ -149,9 +149,7 @@ def normalise_product(product: str) -> str:
     return name.split("-MIG-", 1)[0]
 
 
-def identify_gpu(
-    product: str = "", compute_capability: ComputeCapability | None = None, memory_mib: int = 0
-) -> Match:
+def identify_gpu(product: str = "", compute_capability: ComputeCapability | None = None, memory_mib: int = 0) -> Match:
     """Find a GPU's row: exact product, then compute capability and the nearest memory, then the generic row."""
     name = normalise_product(product)
     for row in HARDWARE:

@@ -1,0 +1,89 @@
+"""A sequence on its way through the engine: its tokens, how many of them are computed, and the blocks it holds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from octavo_engine.prefix_cache import Node
+from octavo_engine.protocol import FinishReason, SamplingParams, TokenLogprobs
+
+
+class RequestStatus(Enum):
+    """A request waits (also after a preemption), runs, or has ended."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence. A client's request with n > 1 starts as one and is forked when its prompt is computed.
+
+    There are no phases: `num_computed_tokens` catches up with `num_tokens`, by chunks for a prompt, one by one after.
+
+    token_ids:       prompt, then generated tokens
+    block_ids:       its KV blocks in order; block i holds tokens [i * block_size, (i + 1) * block_size)
+    num_published:   how many of them the prefix cache has been told of; `cache_node` is the deepest of these
+    num_forks:       sequences to fork off when the prompt is computed (n - 1)
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+    arrival_time_s: float
+    num_forks: int = 0
+    status: RequestStatus = RequestStatus.WAITING
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    num_published: int = 0
+    cache_node: Node | None = None
+    finish_reason: FinishReason | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are known: prompt and generated."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Known tokens whose KV is still missing."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def output_token_ids(self) -> Sequence[int]:
+        """The generated tokens."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether every prompt token's logits are needed, so that none may come from the prefix cache."""
+        return self.params.prompt_logprobs is not None and self.prompt_logprobs is not None
+
+    def fork(self, index: int) -> "Request":
+        """A sequence that continues from this one's tokens. The caller gives it references to the blocks."""
+        return Request(
+            request_id=self.request_id,
+            index=index,
+            token_ids=list(self.token_ids),
+            num_prompt_tokens=self.num_prompt_tokens,
+            params=self.params,
+            seed=self.seed,
+            arrival_time_s=self.arrival_time_s,
+            status=self.status,
+            num_computed_tokens=self.num_computed_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            block_ids=list(self.block_ids),
+            num_published=self.num_published,
+            cache_node=self.cache_node,
+        )

@@ -1,0 +1,311 @@
+"""The scheduler: which requests get how many tokens of the next step, and which blocks hold their KV.
+
+One token budget and no phases: each request's computed tokens catch up with its known ones. Running requests go first,
+oldest first: those that need one token (decodes) always get it, prompts share what is left of the budget; then waiting
+ones are admitted. When blocks run out, cached ones are evicted; when that is not enough, the newest running request is
+preempted and later recomputed. The oldest request is therefore always served, and since one request fits the pool alone (checked at
+admission), the engine cannot deadlock. Torch-free; it knows nothing of tensors or of what a token means.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+from octavo_engine.block_pool import BlockPool
+from octavo_engine.errors import InvalidRequestError
+from octavo_engine.prefix_cache import Node, PrefixCache
+from octavo_engine.protocol import FinishReason
+from octavo_engine.request import Request, RequestStatus
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What the capacity plan allows. `max_model_len` tokens fit into `num_blocks` blocks."""
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    enable_prefix_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """`num_tokens` tokens of a request, from `first_token` on. `sampled`: who samples from the last token's logits."""
+
+    request: Request
+    first_token: int
+    num_tokens: int
+    sampled: tuple[Request, ...]
+
+
+@dataclass(slots=True)
+class Step:
+    """One step of the engine: the requests in batch order (decodes first) and the blocks to copy before it."""
+
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination)
+    num_tokens: int = 0
+
+    @property
+    def sampled(self) -> list[Request]:
+        """The sequences that get a token from this step, in batch order."""
+        return list(chain.from_iterable(each.sampled for each in self.scheduled))
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Totals since the start."""
+
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    num_prefix_cache_queries: int = 0
+    num_prefix_cache_hits: int = 0
+
+
+class Scheduler:
+    """Holds every live request and all bookkeeping of blocks."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.pool = BlockPool(limits.num_blocks)
+        self.prefix_cache = PrefixCache(self.pool, limits.block_size, is_enabled=limits.enable_prefix_caching)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # oldest first
+        self.counters = SchedulerCounters()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises InvalidRequestError if it could never run: its prompt leaves no room for an answer, or it asks for more
+        sequences than may run at once.
+        """
+        if request.num_prompt_tokens >= self.limits.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {request.num_prompt_tokens} tokens; with at least one token of answer it exceeds "
+                f"the context of {self.limits.max_model_len} tokens",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if request.num_forks >= self.limits.max_num_seqs:
+            raise InvalidRequestError(
+                f"n={request.num_forks + 1} exceeds the {self.limits.max_num_seqs} sequences that run at once",
+                param="n",
+            )
+        self.waiting.append(request)
+
+    def find(self, request_id: str) -> Iterator[Request]:
+        """The live sequences of a client's request."""
+        return (each for each in chain(self.running, self.waiting) if each.request_id == request_id)
+
+    def schedule(self) -> Step:
+        """Choose the next step and allocate its blocks. An empty step means that there is no work."""
+        step = Step()
+        num_decodes = sum(request.num_uncomputed_tokens == 1 for request in self.running)
+        chunk_budget = self.limits.max_num_batched_tokens - num_decodes
+        for request in list(self.running):
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted for an older one
+            is_decode = request.num_uncomputed_tokens == 1
+            num_tokens = 1 if is_decode else min(request.num_uncomputed_tokens, chunk_budget)
+            if num_tokens and self._make_room_by_preemption(request, num_tokens, step):
+                self._put_into(step, request, num_tokens)
+                chunk_budget -= 0 if is_decode else num_tokens
+        self._admit_waiting(step)
+        step.scheduled.sort(key=lambda each: each.num_tokens > 1)  # stable: decodes first, else in order
+        return step
+
+    def complete(self, step: Step) -> None:
+        """Book a step as computed: its KV is valid, and full blocks can be shared. Before its tokens are appended."""
+        for each in step.scheduled:
+            request = each.request
+            self.counters.num_prompt_tokens += max(
+                0, min(each.num_tokens, request.num_prompt_tokens - each.first_token)
+            )
+            self._publish(request)
+            for fork in each.sampled[1:]:
+                fork.num_published, fork.cache_node = request.num_published, request.cache_node
+
+    def append_token(self, request: Request, token_id: int) -> None:
+        """Add a sampled token to a running sequence."""
+        request.token_ids.append(token_id)
+        self.counters.num_generation_tokens += 1
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a sequence and release its blocks; what the prefix cache knows of stays until it is evicted."""
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+        elif request.status is RequestStatus.WAITING:
+            self.waiting.remove(request)
+        self._release_blocks(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+
+    def _make_room_by_preemption(self, request: Request, num_tokens: int, step: Step) -> bool:
+        """Make room, preempting the newest running requests; False if the request had to go itself.
+
+        Running requests are visited oldest first, so whoever is preempted has no part in this step yet.
+        """
+        while not self._make_room(request, num_tokens, step):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _admit_waiting(self, step: Step) -> None:
+        """Start waiting requests, oldest first. The first that does not fit ends it, so that none is overtaken for ever."""
+        while self.waiting and step.num_tokens < self.limits.max_num_batched_tokens:
+            request = self.waiting[0]
+            if self._num_sequences() + 1 + request.num_forks > self.limits.max_num_seqs:
+                return
+            if not self._admit(request, step):
+                return
+
+    def _num_sequences(self) -> int:
+        """Running sequences, counting the forks that running prompts will make."""
+        return sum(1 + request.num_forks for request in self.running)
+
+    def _admit(self, request: Request, step: Step) -> bool:
+        """Move the first waiting request into the step, if blocks for all its known tokens can be had.
+
+        A block in hand for each running request keeps a newcomer from being preempted at once.
+        """
+        nodes = [] if request.wants_prompt_logprobs else self.prefix_cache.match(request.token_ids)
+        prefix = [node.block_id for node in nodes]
+        self.pool.share(prefix)
+        num_missing = self._num_blocks_for(request.num_tokens + 1) - len(prefix)
+        if not self._free_up(num_missing + len(self.running)):
+            self.pool.release(reversed(prefix))
+            return False
+        self.waiting.popleft()
+        self._start(request, nodes)
+        num_tokens = min(request.num_uncomputed_tokens, self.limits.max_num_batched_tokens - step.num_tokens)
+        has_room = self._make_room(request, num_tokens, step)
+        assert has_room, "admission counted the blocks"
+        self._put_into(step, request, num_tokens)
+        return True
+
+    def _start(self, request: Request, nodes: Sequence[Node]) -> None:
+        request.status = RequestStatus.RUNNING
+        request.block_ids = [node.block_id for node in nodes]
+        request.num_computed_tokens = len(nodes) * self.limits.block_size
+        request.num_published = len(nodes)
+        request.cache_node = nodes[-1] if nodes else self.prefix_cache.root
+        if request.num_output_tokens == 0:
+            request.num_cached_tokens = request.num_computed_tokens
+            self.counters.num_prefix_cache_queries += request.num_prompt_tokens
+            self.counters.num_prefix_cache_hits += request.num_computed_tokens
+        _insert_by_age(self.running, request)
+
+    def _free_up(self, num_blocks: int) -> bool:
+        """Evict cached blocks until `num_blocks` are free; False, and nothing evicted, if there are too few."""
+        num_missing = num_blocks - self.pool.num_free
+        if num_missing > self.pool.num_cached:
+            return False
+        return num_missing <= 0 or self.prefix_cache.evict(num_missing) == num_missing
+
+    def _make_room(self, request: Request, num_tokens: int, step: Step) -> bool:
+        """Give the request blocks for its next `num_tokens` tokens; a shared block that it will write is copied first."""
+        num_new = self._num_blocks_for(request.num_computed_tokens + num_tokens) - len(request.block_ids)
+        tail = request.num_computed_tokens // self.limits.block_size
+        must_copy = tail < len(request.block_ids) and self.pool.num_references(request.block_ids[tail]) > 1
+        if not self._free_up(num_new + must_copy):
+            return False
+        if must_copy:
+            shared, (private,) = request.block_ids[tail], self.pool.allocate(1)
+            step.block_copies.append((shared, private))
+            self.pool.release([shared])
+            request.block_ids[tail] = private
+        request.block_ids += self.pool.allocate(num_new)
+        return True
+
+    def _put_into(self, step: Step, request: Request, num_tokens: int) -> None:
+        first_token = request.num_computed_tokens
+        request.num_computed_tokens += num_tokens
+        step.num_tokens += num_tokens
+        sampled: tuple[Request, ...] = ()
+        if request.num_uncomputed_tokens == 0:
+            sampled = (request, *self._fork(request))
+        step.scheduled.append(ScheduledRequest(request, first_token, num_tokens, sampled))
+
+    def _fork(self, request: Request) -> list[Request]:
+        """The other sequences of a request whose prompt is complete: they share its blocks and run on their own."""
+        forks = [request.fork(index) for index in range(1, request.num_forks + 1)]
+        request.num_forks = 0
+        for fork in forks:
+            self.pool.share(fork.block_ids)
+        position = self.running.index(request) + 1
+        self.running[position:position] = forks
+        return forks
+
+    def _publish(self, request: Request) -> None:
+        """Tell the prefix cache of the blocks that are full of computed tokens."""
+        size = self.limits.block_size
+        node = request.cache_node
+        assert node is not None
+        while (request.num_published + 1) * size <= request.num_computed_tokens:
+            i = request.num_published
+            tokens = tuple(request.token_ids[i * size : (i + 1) * size])
+            node = self.prefix_cache.extend(node, tokens, request.block_ids[i])
+            request.num_published += 1
+        request.cache_node = node
+
+    def _preempt(self, request: Request) -> None:
+        """Take a running request's blocks; it waits, oldest first, and is recomputed with the same tokens."""
+        self.counters.num_preemptions += 1
+        self.running.remove(request)
+        self._release_blocks(request)
+        request.status = RequestStatus.WAITING
+        _insert_by_age(self.waiting, request)
+
+    def _release_blocks(self, request: Request) -> None:
+        self.pool.release(reversed(request.block_ids))
+        request.block_ids = []
+        request.num_computed_tokens = 0
+        request.num_published = 0
+        request.cache_node = None
+
+    def _num_blocks_for(self, num_tokens: int) -> int:
+        return -(-min(num_tokens, self.limits.max_model_len) // self.limits.block_size)
+
+
+def _age(request: Request) -> tuple[float, str, int]:
+    """Sorts the oldest first; requests of one arrival keep the order of their names."""
+    return request.arrival_time_s, request.request_id, request.index
+
+
+def _insert_by_age(requests: MutableSequence[Request], request: Request) -> None:
+    position = next((i for i, each in enumerate(requests) if _age(each) > _age(request)), len(requests))
+    requests.insert(position, request)
+
+
+def check_invariants(scheduler: Scheduler) -> None:
+    """Raise AssertionError if a block is lost, owned twice without being shared, or counted wrongly. For tests."""
+    references: dict[int, int] = {}
+    for request in scheduler.running:
+        assert len(set(request.block_ids)) == len(request.block_ids), "a request holds a block twice"
+        for block_id in request.block_ids:
+            references[block_id] = references.get(block_id, 0) + 1
+    pool = scheduler.pool
+    for block_id in range(pool.num_blocks):
+        assert pool.num_references(block_id) == references.get(block_id, 0), f"block {block_id}"
+    retained = [node.block_id for node in scheduler.prefix_cache.nodes()]
+    assert len(set(retained)) == len(retained), "two nodes hold one block"
+    _check_counts(scheduler, references, retained)
+
+
+def _check_counts(scheduler: Scheduler, references: dict[int, int], retained: Iterable[int]) -> None:
+    pool = scheduler.pool
+    assert pool.num_used == len(references)
+    assert pool.num_cached == sum(block_id not in references for block_id in retained)
+    assert pool.num_free + pool.num_used + pool.num_cached == pool.num_blocks
+    assert all(not request.block_ids for request in scheduler.waiting)
