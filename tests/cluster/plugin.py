@@ -1,0 +1,170 @@
+"""Fixtures that give tests a real Kubernetes. A test that uses one of them carries the mark `cluster`.
+
+The control plane starts with the first test that asks for it and serves the whole session; a test keeps to its
+own `namespace`, and to nodes of its own if it needs special ones.
+"""
+
+import itertools
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+import binaries
+from api_objects import ApiObjects
+from container import BackOff
+from control_plane import ControlPlane
+from forward import Forward
+from kube_client import Manifest
+from kubectl import Kubectl
+from process_node import NodeHost, NodeSpec
+
+PROCESS_NODE = "process-0"
+
+
+class HollowNodes(Protocol):
+    """Registers `count` hollow nodes and returns their names."""
+
+    def __call__(
+        self,
+        count: int = 1,
+        *,
+        labels: Mapping[str, str] | None = None,
+        capacity: Mapping[str, str] | None = None,
+        taints: Sequence[Mapping[str, str]] = (),
+        architecture: str = "amd64",
+        becomes_ready: Callable[[Manifest], bool] | None = None,
+    ) -> list[str]: ...
+
+
+class Forwarding(Protocol):
+    """Forwards a free loopback port to a Service until the test ends."""
+
+    def __call__(self, service: str, namespace: str, service_port: int | str | None = None) -> Forward: ...
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cluster: runs against a real Kubernetes API server")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "control_plane" in getattr(item, "fixturenames", ()):
+            item.add_marker("cluster")
+
+
+@pytest.fixture(scope="session")
+def control_plane(pytestconfig: pytest.Config) -> Iterator[ControlPlane]:
+    """etcd, API server, controller manager and scheduler; built first if need be, which takes minutes."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        programs = binaries.control_plane_binaries()
+    with ControlPlane(programs=programs) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def kubeconfig(control_plane: ControlPlane) -> Path:
+    """The administrator's kubeconfig."""
+    return control_plane.kubeconfig
+
+
+@pytest.fixture(scope="session")
+def kubectl(control_plane: ControlPlane) -> Kubectl:
+    return Kubectl(control_plane.kubectl, control_plane.kubeconfig)
+
+
+@pytest.fixture(scope="session")
+def objects(kubeconfig: Path) -> Iterator[ApiObjects]:
+    """Objects of the API server as plain manifests."""
+    api_objects = ApiObjects(kubeconfig)
+    yield api_objects
+    api_objects.close()
+
+
+@pytest.fixture(scope="session")
+def node_host(control_plane: ControlPlane) -> Iterator[NodeHost]:
+    """Where the nodes run; `add` and `remove` take nodes of any kind."""
+    with NodeHost(control_plane.node_kubeconfig, control_plane.state) as host:
+        yield host
+
+
+@pytest.fixture(scope="session")
+def cluster(control_plane: ControlPlane, node_host: NodeHost) -> ControlPlane:
+    """The control plane with one process node, on which pods really run."""
+    node_host.add(NodeSpec(PROCESS_NODE, back_off=BackOff(base_s=1.0, limit_s=10.0)))
+    return control_plane
+
+
+@pytest.fixture
+def namespace(objects: ApiObjects) -> Iterator[str]:
+    """A namespace of the test's own. It is deleted afterwards, without waiting until it is gone."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    objects.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    yield name
+    objects.delete("Namespace", name)
+
+
+@pytest.fixture
+def hollow_nodes(node_host: NodeHost, objects: ApiObjects) -> Iterator[HollowNodes]:
+    """A factory of hollow nodes, which run no processes. They are gone when the test is over."""
+    names: list[str] = []
+    numbers = itertools.count()
+    prefix = f"hollow-{uuid.uuid4().hex[:6]}"
+
+    def make(
+        count: int = 1,
+        *,
+        labels: Mapping[str, str] | None = None,
+        capacity: Mapping[str, str] | None = None,
+        taints: Sequence[Mapping[str, str]] = (),
+        architecture: str = "amd64",
+        becomes_ready: Callable[[Manifest], bool] | None = None,
+    ) -> list[str]:
+        specs = [
+            NodeSpec(
+                f"{prefix}-{next(numbers)}",
+                labels=labels or {},
+                capacity={"cpu": "64", "memory": "512Gi", "pods": "250"} | dict(capacity or {}),
+                taints=taints,
+                is_hollow=True,
+                architecture=architecture,
+                becomes_ready=becomes_ready or (lambda _pod: True),
+            )
+            for _ in range(count)
+        ]
+        node_host.add(*specs)
+        made = [spec.name for spec in specs]
+        names.extend(made)
+        return made
+
+    yield make
+    node_host.remove(*names)
+    for name in names:
+        objects.delete("Node", name)
+
+
+@pytest.fixture
+def forwarding(kubeconfig: Path) -> Iterator[Forwarding]:
+    """A factory of forwards to Services."""
+    running: list[Forward] = []
+
+    def forward(service: str, namespace: str, service_port: int | str | None = None) -> Forward:
+        started = Forward(service, namespace, kubeconfig, service_port=service_port)
+        started.start()
+        running.append(started)
+        return started
+
+    yield forward
+    for one in running:
+        one.stop()
+
+
+@pytest.fixture(scope="session")
+def helm(pytestconfig: pytest.Config) -> Path:
+    """The helm program; built first if the machine has none."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        return binaries.helm_binary()
