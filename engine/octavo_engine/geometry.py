@@ -75,7 +75,7 @@ class Geometry:
 def read_geometry(path: Path) -> Geometry:
     """The geometry of a model on disk: a folder with `config.json`, a `config.json`, or a `.gguf` file.
 
-    Raises ModelSourceError where a file is missing or unreadable, UnsupportedModelError where its numbers make no sense.
+    Raises ModelSourceError where a file is missing or unreadable, UnsupportedModelError where its numbers contradict.
     """
     if path.suffix == ".gguf":
         return geometry_from_gguf(read_gguf_metadata(path))

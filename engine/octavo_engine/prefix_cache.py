@@ -118,7 +118,7 @@ class PrefixCache:
         return parent
 
     def _is_evicted(self, node: Node) -> bool:
-        """A request may stand on a node whose block another request owned and has left; below it nothing is published."""
+        """Whether the tree dropped the node: its block was another request's. Below it nothing is published."""
         return node.parent is None and node is not self.root
 
     def _offer_leaf(self, node: Node) -> None:

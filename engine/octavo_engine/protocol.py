@@ -1,7 +1,7 @@
 """What the API front end and the engine process say to each other, and the values both understand.
 
-Messages are msgspec structs, encoded as msgpack and sent over ZeroMQ: typed, without code execution. One message carries
-the outputs of a whole step. This module is torch-free.
+Messages are msgspec structs, encoded as msgpack and sent over ZeroMQ: typed, without code execution. One message
+carries the outputs of a whole step. This module is torch-free.
 """
 
 from typing import Final, Literal

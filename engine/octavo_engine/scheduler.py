@@ -3,8 +3,8 @@
 One token budget and no phases: each request's computed tokens catch up with its known ones. Running requests go first,
 oldest first: those that need one token (decodes) always get it, prompts share what is left of the budget; then waiting
 ones are admitted. When blocks run out, cached ones are evicted; when that is not enough, the newest running request is
-preempted and later recomputed. The oldest request is therefore always served, and since one request fits the pool alone (checked at
-admission), the engine cannot deadlock. Torch-free; it knows nothing of tensors or of what a token means.
+preempted and later recomputed. The oldest request is therefore always served, and since one request fits the pool alone
+(checked at admission), the engine cannot deadlock. Torch-free; it knows nothing of tensors or of what a token means.
 """
 
 from collections import deque
@@ -162,7 +162,7 @@ class Scheduler:
         return True
 
     def _admit_waiting(self, step: Step) -> None:
-        """Start waiting requests, oldest first. The first that does not fit ends it, so that none is overtaken for ever."""
+        """Start waiting requests, oldest first, up to the first that does not fit: none is overtaken for ever."""
         while self.waiting and step.num_tokens < self.limits.max_num_batched_tokens:
             request = self.waiting[0]
             if self._num_sequences() + 1 + request.num_forks > self.limits.max_num_seqs:
@@ -214,7 +214,7 @@ class Scheduler:
         return num_missing <= 0 or self.prefix_cache.evict(num_missing) == num_missing
 
     def _make_room(self, request: Request, num_tokens: int, step: Step) -> bool:
-        """Give the request blocks for its next `num_tokens` tokens; a shared block that it will write is copied first."""
+        """Give the request blocks for its next `num_tokens` tokens; a shared block that it will write is copied."""
         num_new = self._num_blocks_for(request.num_computed_tokens + num_tokens) - len(request.block_ids)
         tail = request.num_computed_tokens // self.limits.block_size
         must_copy = tail < len(request.block_ids) and self.pool.num_references(request.block_ids[tail]) > 1

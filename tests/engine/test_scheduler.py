@@ -1,0 +1,221 @@
+"""The scheduler's promises: no block is lost or owned twice, the budget holds, everyone finishes, nothing is forgotten."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from octavo_engine.errors import InvalidRequestError
+from octavo_engine.protocol import SamplingParams
+from octavo_engine.request import Request
+from octavo_engine.scheduler import Scheduler, SchedulerLimits, Step, check_invariants
+
+BLOCK_SIZE = 4
+
+
+def make_scheduler(
+    num_blocks: int = 16,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 32,
+    max_model_len: int = 64,
+    enable_prefix_caching: bool = True,
+) -> Scheduler:
+    return Scheduler(
+        SchedulerLimits(
+            num_blocks, BLOCK_SIZE, max_num_seqs, max_num_batched_tokens, max_model_len, enable_prefix_caching
+        )
+    )
+
+
+def make_request(name: str, prompt: list[int], n: int = 1, max_tokens: int = 8, arrival_time_s: float = 0.0) -> Request:
+    params = SamplingParams(n=n, max_tokens=max_tokens)
+    return Request(name, 0, list(prompt), len(prompt), params, 0, arrival_time_s, num_forks=n - 1)
+
+
+def next_token(request: Request) -> int:
+    """A stand-in for the model: the next token is a function of the tokens so far, so recomputation must repeat it."""
+    return (sum(request.token_ids) * 31 + len(request.token_ids) + request.index) % 7
+
+
+class Engine:
+    """The engine's loop without a model. It writes a tag of each token's prefix into its slot, and reads it back."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.slots: dict[int, tuple[int, ...]] = {}  # slot -> the tokens up to and with the one whose KV is there
+        self.finished: dict[tuple[str, int], list[int]] = {}
+
+    def step(self) -> Step:
+        scheduler = self.scheduler
+        step = scheduler.schedule()
+        check_invariants(scheduler)
+        assert step.num_tokens == sum(each.num_tokens for each in step.scheduled)
+        assert step.num_tokens <= scheduler.limits.max_num_batched_tokens
+        assert len(scheduler.running) <= scheduler.limits.max_num_seqs
+        assert len({id(each.request) for each in step.scheduled}) == len(step.scheduled)
+        self._copy_blocks(step)
+        self._compute(step)
+        scheduler.complete(step)
+        for request in step.sampled:
+            scheduler.append_token(request, next_token(request))
+            if request.num_output_tokens == request.params.max_tokens:
+                self.finished[request.request_id, request.index] = request.token_ids
+                scheduler.finish(request, "length")
+        check_invariants(scheduler)
+        return step
+
+    def _copy_blocks(self, step: Step) -> None:
+        before = dict(self.slots)
+        for source, destination in step.block_copies:
+            for offset in range(BLOCK_SIZE):
+                if source * BLOCK_SIZE + offset in before:
+                    self.slots[destination * BLOCK_SIZE + offset] = before[source * BLOCK_SIZE + offset]
+
+    def _compute(self, step: Step) -> None:
+        written: set[int] = set()
+        for each in step.scheduled:
+            request = each.request
+            for position in range(each.first_token, each.first_token + each.num_tokens):
+                slot = request.block_ids[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+                assert slot not in written, "two requests write one slot"
+                written.add(slot)
+                self.slots[slot] = tuple(request.token_ids[: position + 1])
+        for each in step.scheduled:
+            request = each.request
+            for position in range(each.first_token + each.num_tokens):
+                slot = request.block_ids[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+                assert self.slots[slot] == tuple(request.token_ids[: position + 1]), "a request reads another's KV"
+
+    def run(self, max_steps: int = 2000) -> None:
+        for _ in range(max_steps):
+            if not self.scheduler.has_work:
+                return
+            assert self.step().scheduled, "there is work, but the step is empty"
+        raise AssertionError("the scheduler does not come to an end")
+
+
+def expected_tokens(prompt: list[int], index: int, max_tokens: int) -> list[int]:
+    request = make_request("alone", prompt)
+    request.index = index
+    for _ in range(max_tokens):
+        request.token_ids.append(next_token(request))
+    return request.token_ids
+
+
+requests = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 1), min_size=1, max_size=40),  # two token values make equal prefixes likely
+        st.integers(1, 3),
+        st.integers(1, 20),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(requests, st.integers(16, 40), st.integers(8, 40), st.booleans(), st.data())
+@settings(max_examples=200, deadline=None)
+def test_every_request_ends_with_the_tokens_it_has_alone(specs, num_blocks, budget, caching, data) -> None:
+    engine = Engine(
+        make_scheduler(num_blocks, max_num_batched_tokens=budget, max_model_len=64, enable_prefix_caching=caching)
+    )
+    expected = {}
+    for i, (prompt, n, max_tokens) in enumerate(specs):
+        engine.scheduler.add(make_request(f"r{i:02}", prompt, n, max_tokens, arrival_time_s=i))
+        expected |= {(f"r{i:02}", index): expected_tokens(prompt, index, max_tokens) for index in range(n)}
+        for _ in range(data.draw(st.integers(0, 3))):
+            engine.step()
+    engine.run()
+    assert engine.finished == expected
+    assert engine.scheduler.pool.num_used == 0
+
+
+@given(requests, st.data())
+@settings(max_examples=100, deadline=None)
+def test_aborts_at_any_moment_lose_no_block(specs, data) -> None:
+    engine = Engine(make_scheduler(num_blocks=16))
+    for i, (prompt, n, max_tokens) in enumerate(specs):
+        engine.scheduler.add(make_request(f"r{i:02}", prompt, n, max_tokens, arrival_time_s=i))
+    for _ in range(20):
+        engine.step()
+        live = [*engine.scheduler.running, *engine.scheduler.waiting]
+        if live and data.draw(st.booleans()):
+            engine.scheduler.finish(data.draw(st.sampled_from(live)), "abort")
+            check_invariants(engine.scheduler)
+    engine.run()
+    assert engine.scheduler.pool.num_used == 0
+
+
+def test_preempts_the_newest_request_when_the_pool_is_full() -> None:
+    scheduler = make_scheduler(num_blocks=8, max_model_len=32)
+    engine = Engine(scheduler)
+    old, new = make_request("old", [1] * 8, max_tokens=20), make_request("new", [2] * 8, max_tokens=20, arrival_time_s=1)
+    scheduler.add(old)
+    scheduler.add(new)
+    while not scheduler.counters.num_preemptions:
+        engine.step()
+    assert scheduler.running == [old]
+    assert list(scheduler.waiting) == [new]
+    engine.run()
+    assert engine.finished["new", 0] == expected_tokens([2] * 8, 0, 20)
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    scheduler = make_scheduler()
+    engine = Engine(scheduler)
+    prefix = list(range(20))
+    scheduler.add(make_request("a", [*prefix, 100]))
+    engine.run()
+    scheduler.add(make_request("b", [*prefix, 200]))
+    step = engine.step()
+    assert step.num_tokens == 1
+    assert scheduler.counters.num_prefix_cache_hits == 20
+
+
+def test_forks_share_the_prompt_and_copy_only_the_block_they_write() -> None:
+    scheduler = make_scheduler()
+    engine = Engine(scheduler)
+    scheduler.add(make_request("a", [1] * 10, n=3))
+    engine.step()
+    assert len(scheduler.running) == 3
+    assert scheduler.pool.num_used == 3  # 10 tokens in blocks of 4, shared by all
+    step = engine.step()
+    assert len(step.block_copies) == 2  # the last one to write keeps the original
+    assert scheduler.pool.num_used == 2 + 3
+
+
+def test_a_long_prompt_does_not_stop_running_requests() -> None:
+    scheduler = make_scheduler(num_blocks=32, max_num_batched_tokens=9)
+    engine = Engine(scheduler)
+    scheduler.add(make_request("short", [1], max_tokens=20))
+    engine.step()
+    scheduler.add(make_request("long", list(range(60)), max_tokens=2, arrival_time_s=1))
+    for _ in range(7):
+        step = engine.step()
+        assert [each.request.request_id for each in step.scheduled] == ["short", "long"]
+        assert step.num_tokens <= 9
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        pytest.param(make_request("r", [1] * 64), "prompt", id="no room for an answer"),
+        pytest.param(make_request("r", [1], n=9), "n", id="more sequences than may run"),
+    ],
+)
+def test_refuses_what_could_never_run(request_: Request, param: str) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        make_scheduler().add(request_)
+    assert error.value.param == param
+
+
+def test_cached_blocks_are_evicted_least_recently_used_first() -> None:
+    scheduler = make_scheduler(num_blocks=16)
+    engine = Engine(scheduler)
+    for i in range(3):
+        scheduler.add(make_request(f"r{i}", [i] * 16, max_tokens=1, arrival_time_s=i))
+        engine.run()
+    scheduler.add(make_request("again", [0] * 17, max_tokens=1, arrival_time_s=4))
+    engine.run()
+    scheduler.add(make_request("large", [9] * 24, max_tokens=1, arrival_time_s=5))
+    engine.run()
+    assert len(scheduler.prefix_cache.match([0] * 17)) == 4, "used last, so still there"
+    assert len(scheduler.prefix_cache.match([1] * 17)) < 4, "used first, so evicted first"
