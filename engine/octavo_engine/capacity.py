@@ -13,6 +13,8 @@ from octavo_engine.geometry import DTYPE_BYTES, Geometry
 GIB = 1 << 30
 # What a process holds beside weights, activations and KV: interpreter, libraries, allocator slack.
 RUNTIME_BYTES = {"cpu": 768 << 20, "gpu": 1536 << 20}
+# A CPU's memory is everybody's: without an explicit num_kv_blocks the cache takes no more than this, or one context.
+CPU_KV_BYTES = 4 * GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +72,20 @@ def weight_bytes(geometry: Geometry, dtype: str, quantization: str = "none") -> 
     return geometry.num_linear_parameters + channels * itemsize + rest * itemsize
 
 
-def decode_step_s(geometry: Geometry, hardware: Hardware, weights: int, kv: int, num_seqs: int) -> float:
-    """The roofline of one decode step: bytes over bandwidth or arithmetic over rate, whichever takes longer.
+def step_limit_s(
+    geometry: Geometry, hardware: Hardware, *, weight_bytes: int, kv_bytes: int, num_tokens: int, num_logits: int
+) -> float:
+    """The roofline of one step: bytes over bandwidth or arithmetic over rate, whichever takes longer.
 
-    weights, kv: bytes read. The input embedding is a look-up, so it is not read, unless it is the output's too.
+    weight_bytes: all weights; the input embedding is a look-up, so it is not read unless it is the output's too
+    kv_bytes:     keys and values that the step reads
     """
-    unread = 0 if geometry.tie_word_embeddings else weights * geometry.vocab_size * geometry.hidden_size
-    unread //= max(geometry.num_parameters, 1)
-    read_s = (weights - unread + kv) / (hardware.memory_bandwidth_gbps * 1e9)
-    return max(read_s, step_arithmetic_s(geometry, hardware, num_seqs, num_seqs))
-
-
-def step_arithmetic_s(geometry: Geometry, hardware: Hardware, num_tokens: int, num_logits: int) -> float:
-    """Time of the linear layers' multiplications for `num_tokens`, and of the output layer for `num_logits`."""
+    unread = 0 if geometry.tie_word_embeddings else geometry.vocab_size * geometry.hidden_size
+    read_share = 1 - unread / geometry.num_parameters
+    read_s = (weight_bytes * read_share + kv_bytes) / (hardware.memory_bandwidth_gbps * 1e9)
     linear = 2 * geometry.num_linear_parameters * num_tokens
     output = 2 * geometry.vocab_size * geometry.hidden_size * num_logits
-    return (linear + output) / (hardware.bf16_tflops * 1e12)
+    return max(read_s, (linear + output) / (hardware.bf16_tflops * 1e12))
 
 
 def plan_capacity(
@@ -116,7 +116,10 @@ def plan_capacity(
     one_request = _ceil_div(max_model_len, limits.block_size)
     if limits.max_model_len is None and 0 < fitting_blocks < one_request:
         max_model_len, one_request = fitting_blocks * limits.block_size, fitting_blocks
-    num_blocks = limits.num_kv_blocks or min(fitting_blocks, one_request * seqs_cap)
+    wanted_blocks = one_request * seqs_cap
+    if not hardware.is_gpu:
+        wanted_blocks = min(wanted_blocks, max(one_request, CPU_KV_BYTES // block_bytes))
+    num_blocks = limits.num_kv_blocks or min(fitting_blocks, wanted_blocks)
     if num_blocks > fitting_blocks or fitting_blocks == 0 or one_request > num_blocks:
         needed = fixed + max(num_blocks, one_request) * block_bytes
         raise CapacityError(
@@ -127,8 +130,12 @@ def plan_capacity(
     max_num_seqs = min(seqs_cap, num_blocks)
     context = min(max_model_len, 1024)
     kv_read = geometry.kv_bytes_per_token(kv_cache_dtype) * context * max_num_seqs
-    decode_s = decode_step_s(geometry, hardware, weights, kv_read, max_num_seqs)
-    prefill_s = step_arithmetic_s(geometry, hardware, batched_tokens, 1)
+    decode_s = step_limit_s(
+        geometry, hardware, weight_bytes=weights, kv_bytes=kv_read, num_tokens=max_num_seqs, num_logits=max_num_seqs
+    )
+    prefill_s = step_limit_s(
+        geometry, hardware, weight_bytes=weights, kv_bytes=0, num_tokens=batched_tokens, num_logits=1
+    )
     return Capacity(
         weight_bytes=weights,
         activation_bytes=activations,
@@ -146,7 +153,7 @@ def plan_capacity(
 
 def _default_batched_tokens(hardware: Hardware) -> int:
     """A step long enough to fill the arithmetic units, short enough that running requests do not wait for it."""
-    return 8192 if hardware.is_gpu else 512
+    return 8192 if hardware.is_gpu else 256
 
 
 def _default_seqs(hardware: Hardware) -> int:

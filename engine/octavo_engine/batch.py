@@ -1,0 +1,86 @@
+"""A scheduler's step as the tensors that the model reads: prepared once per step, in batch order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import Any
+
+import numpy as np
+import torch
+from octavo_kernels.ops.attention_metadata import AttentionMetadata
+
+from octavo_engine.scheduler import ScheduledRequest, Step
+
+Integers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One step's input.
+
+    input_ids, positions: [num_tokens] int64
+    sampled_rows:         [num_sampled] int64, the token whose hidden state each sampled sequence reads. Forks of one
+                          prompt read the same row.
+    block_copies:         [2, num_copies] int64, sources and destinations, or None
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    metadata: AttentionMetadata
+    sampled_rows: torch.Tensor
+    block_copies: torch.Tensor | None
+
+
+def prepare(step: Step, block_size: int, device: torch.device) -> Batch:
+    """Lay a step out as tensors on `device`."""
+    scheduled = step.scheduled
+    query_lens = tuple(each.num_tokens for each in scheduled)
+    context_lens = tuple(each.first_token + each.num_tokens for each in scheduled)
+    query_start_loc = np.fromiter(accumulate(query_lens, initial=0), np.int64, len(scheduled) + 1)
+    positions = _positions(scheduled, query_start_loc)
+    block_tables = _block_tables(scheduled)
+    rows = np.repeat(np.arange(len(scheduled)), query_lens)
+    slot_mapping = block_tables[rows, positions // block_size] * block_size + positions % block_size
+
+    def to_device(values: Sequence[int] | Integers) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(values, np.int64)).to(device, non_blocking=True)
+
+    return Batch(
+        input_ids=to_device(_input_ids(scheduled, step.num_tokens)),
+        positions=to_device(positions),
+        metadata=AttentionMetadata(
+            block_tables=to_device(block_tables),
+            seq_lens=to_device(context_lens),
+            query_start_loc=to_device(query_start_loc),
+            slot_mapping=to_device(slot_mapping),
+            num_decodes=sum(length == 1 for length in query_lens),
+            query_lens=query_lens,
+            context_lens=context_lens,
+        ),
+        sampled_rows=to_device(_sampled_rows(scheduled, query_start_loc)),
+        block_copies=to_device(np.array(step.block_copies).T) if step.block_copies else None,
+    )
+
+
+def _positions(scheduled: Sequence[ScheduledRequest], query_start_loc: Integers) -> Integers:
+    first_tokens = np.fromiter((each.first_token for each in scheduled), np.int64, len(scheduled))
+    shifts = np.repeat(first_tokens - query_start_loc[:-1], np.diff(query_start_loc))
+    return np.arange(query_start_loc[-1], dtype=np.int64) + shifts
+
+
+def _input_ids(scheduled: Sequence[ScheduledRequest], num_tokens: int) -> Integers:
+    chunks = (each.request.token_ids[each.first_token : each.first_token + each.num_tokens] for each in scheduled)
+    return np.fromiter(chain.from_iterable(chunks), np.int64, num_tokens)
+
+
+def _block_tables(scheduled: Sequence[ScheduledRequest]) -> Integers:
+    width = max(len(each.request.block_ids) for each in scheduled)
+    tables = np.zeros((len(scheduled), width), np.int64)
+    for row, each in zip(tables, scheduled, strict=True):
+        row[: len(each.request.block_ids)] = each.request.block_ids
+    return tables
+
+
+def _sampled_rows(scheduled: Sequence[ScheduledRequest], query_start_loc: Integers) -> list[int]:
+    last_rows = (query_start_loc[1:] - 1).tolist()
+    return [row for row, each in zip(last_rows, scheduled, strict=True) for _ in each.sampled]

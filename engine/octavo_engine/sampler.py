@@ -1,0 +1,146 @@
+"""From logits to tokens: penalties, temperature, filters, and one draw per sequence.
+
+A sequence's draw depends on its seed, its index and its position alone, never on what else is in the batch: the random
+number is a hash of the three, and the token is where it falls in the cumulative distribution. Only the rows that ask
+for something are touched by it; a batch of greedy requests is one argmax.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from octavo_engine.protocol import SamplingParams, TokenLogprobs
+from octavo_engine.request import Request
+
+Words = np.ndarray[Any, np.dtype[np.uint64]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+# A top-p filter first looks at this many of the likeliest tokens; only a flatter distribution is sorted whole.
+NUM_LIKELIEST: Final = 256
+
+
+class Sampler:
+    """Samples for the sequences of one step. `eos_token_ids` end a sequence, so `min_tokens` suppresses them."""
+
+    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+        self._eos_token_ids = tuple(eos_token_ids)
+
+    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+        """One token for each sequence.
+
+        logits: [len(requests), vocab_size] float32; rows that ask for penalties or filters are changed in place
+        """
+        self._apply_constraints(logits, requests)
+        random_rows = [i for i, request in enumerate(requests) if request.params.temperature > 0]
+        if len(random_rows) == len(requests):
+            return _draw(logits, requests)
+        token_ids: list[int] = logits.argmax(dim=-1).tolist()
+        if random_rows:
+            drawn = _draw(logits[random_rows], [requests[i] for i in random_rows])
+            for row, token_id in zip(random_rows, drawn, strict=True):
+                token_ids[row] = token_id
+        return token_ids
+
+    def _apply_constraints(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
+        for i, request in enumerate(requests):
+            params = request.params
+            if params.logit_bias:
+                token_ids = torch.tensor(list(params.logit_bias), device=logits.device)
+                logits[i, token_ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+            if request.num_output_tokens < params.min_tokens:
+                logits[i, [*self._eos_token_ids, *params.stop_token_ids]] = -torch.inf
+            if _has_penalties(params):
+                _penalise(logits[i], request)
+
+
+def compute_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
+    """Log probabilities of the chosen tokens and of the `num_top[i]` likeliest of row i.
+
+    logits: [num_rows, vocab_size] float32, as the model computed them
+    """
+    logprobs = logits.log_softmax(dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
+    values, indices = logprobs.topk(max(1, *num_top), dim=-1)
+    return [
+        TokenLogprobs(token_id, logprob, list(zip(ids[:count], tops[:count], strict=True)))
+        for token_id, logprob, count, ids, tops in zip(
+            token_ids, chosen, num_top, indices.tolist(), values.tolist(), strict=True
+        )
+    ]
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+def _penalise(row: torch.Tensor, request: Request) -> None:
+    """Repetition (CTRL, arXiv:1909.05858): over all tokens. Presence, frequency (OpenAI): over generated tokens."""
+    params = request.params
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(request.token_ids)), device=row.device)
+        scores = row[seen]
+        row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
+    if request.num_output_tokens:
+        token_ids, counts = np.unique(request.output_token_ids, return_counts=True)
+        penalties = params.presence_penalty + params.frequency_penalty * counts
+        row[torch.from_numpy(token_ids)] -= torch.from_numpy(penalties).to(row)
+
+
+def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+    """Draw from temperature-scaled, filtered distributions; every row's temperature is above 0."""
+    temperatures = torch.tensor([request.params.temperature for request in requests], device=logits.device)
+    uniforms = torch.from_numpy(_uniforms(requests)).to(logits.device)
+    # Divided in float64: a tiny temperature must sharpen to a greedy choice, not overflow.
+    probabilities = (logits.double() / temperatures.double()[:, None]).softmax(dim=-1)
+    if any(_has_filters(request.params) for request in requests):
+        return _draw_filtered(probabilities, uniforms, requests)
+    return _invert(probabilities, uniforms).tolist()
+
+
+def _has_filters(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+
+def _draw_filtered(probabilities: torch.Tensor, uniforms: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+    """Draw from the top-k of them, of these from the smallest set that reaches top-p, with at least min-p of the best."""
+    device, vocab_size = probabilities.device, probabilities.shape[-1]
+    top_k = torch.tensor([min(each.params.top_k or vocab_size, vocab_size) for each in requests], device=device)
+    top_p = torch.tensor([each.params.top_p for each in requests], dtype=torch.float64, device=device)
+    min_p = torch.tensor([each.params.min_p for each in requests], dtype=torch.float64, device=device)
+    width = min(NUM_LIKELIEST, vocab_size)
+    ordered, token_ids = probabilities.topk(width)
+    decides = (top_k <= width) | (ordered.sum(dim=-1) >= top_p) | (ordered[:, -1] < min_p * ordered[:, 0])
+    if not bool(decides.all()):
+        ordered, token_ids = probabilities.sort(descending=True)
+    ranks = torch.arange(ordered.shape[-1], device=device)
+    kept = torch.where(ranks < top_k[:, None], ordered, 0)
+    kept /= kept.sum(dim=-1, keepdim=True) if bool((top_k < vocab_size).any()) else 1
+    before = kept.cumsum(dim=-1) - kept
+    is_kept = (before < top_p[:, None]) & (ordered >= min_p[:, None] * ordered[:, :1])
+    is_kept[:, 0] = True
+    ranks_drawn = _invert(kept * is_kept, uniforms)
+    return token_ids.gather(1, ranks_drawn[:, None])[:, 0].tolist()
+
+
+def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The index at which each row's cumulative weight passes its share of the total; never one of weight 0."""
+    cumulative = weights.cumsum(dim=-1)
+    targets = uniforms * cumulative[:, -1]
+    return torch.searchsorted(cumulative, targets[:, None], right=True)[:, 0].clamp_(max=weights.shape[-1] - 1)
+
+
+def _uniforms(requests: Sequence[Request]) -> Floats:
+    """A number in [0, 1) for each sequence from its seed, its index and its position."""
+    keys = np.array([[request.seed % 2**64, request.index, request.num_tokens] for request in requests], np.uint64)
+    state = _mix(_mix(_mix(keys[:, 0]) + keys[:, 1]) + keys[:, 2])
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(values: Words) -> Words:
+    """SplitMix64: neighbouring inputs give unrelated outputs. Source: doi:10.1145/2714064.2660195."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,158 @@
+"""Starting an engine: find the model, plan its memory, load it, allocate the KV cache, and say what came of it."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from octavo_engine.capacity import GIB, Capacity, Limits, plan_capacity
+from octavo_engine.config import EngineConfig
+from octavo_engine.device import Device, open_device, resolve_dtype
+from octavo_engine.geometry import Geometry, read_geometry
+from octavo_engine.loading.loader import load_model
+from octavo_engine.loading.tokenizer import read_eos_token_ids
+from octavo_engine.model_source import resolve_model
+from octavo_engine.models import Model
+from octavo_engine.protocol import EnginePhase, EngineReady
+from octavo_engine.scheduler import SchedulerLimits
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Started:
+    """What an engine stands on.
+
+    kv_cache: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]: all of one block lies together, so that
+              one copy forks, moves or swaps it
+    """
+
+    model: Model
+    kv_cache: torch.Tensor
+    device: Device
+    geometry: Geometry
+    capacity: Capacity
+    eos_token_ids: frozenset[int]
+    enable_prefix_caching: bool
+    actual_weight_bytes: int
+    kernels: dict[str, str]
+
+    @property
+    def scheduler_limits(self) -> SchedulerLimits:
+        """The capacity plan, as the scheduler needs it."""
+        return SchedulerLimits(
+            num_blocks=self.capacity.num_kv_blocks,
+            block_size=self.capacity.block_size,
+            max_num_seqs=self.capacity.max_num_seqs,
+            max_num_batched_tokens=self.capacity.max_num_batched_tokens,
+            max_model_len=self.capacity.max_model_len,
+            enable_prefix_caching=self.enable_prefix_caching,
+        )
+
+    def ready(self) -> EngineReady:
+        """The engine's word to the front end."""
+        return EngineReady(
+            max_model_len=self.capacity.max_model_len,
+            max_num_seqs=self.capacity.max_num_seqs,
+            max_num_batched_tokens=self.capacity.max_num_batched_tokens,
+            num_kv_blocks=self.capacity.num_kv_blocks,
+            block_size=self.capacity.block_size,
+            memory={
+                "weights": {"predicted": self.capacity.weight_bytes, "actual": self.actual_weight_bytes},
+                "kv_cache": {"predicted": self.capacity.kv_bytes, "actual": self.kv_cache.nbytes},
+            },
+            hardware=self.device.hardware.name,
+            kernels=self.kernels,
+        )
+
+
+def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None]) -> Started:
+    """Bring up everything but the loop.
+
+    Raises ConfigError, ModelSourceError, UnsupportedModelError or CapacityError, each with what to do about it.
+    """
+    on_phase(EnginePhase("starting"))
+    device = open_device(config)
+    files = resolve_model(config.model)
+    geometry = read_geometry(files.path)
+    dtype = resolve_dtype(config, geometry, device)
+    kv_dtype = dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
+    capacity = plan_capacity(
+        geometry,
+        device.hardware,
+        device.memory_bytes,
+        dtype=_name(dtype),
+        kv_cache_dtype=_name(kv_dtype),
+        limits=limits_of(config),
+        memory_utilization=config.memory_utilization,
+    )
+    _log_plan(config, device, dtype, capacity)
+    loaded = load_model(
+        files,
+        geometry,
+        dtype=dtype,
+        device=device.torch_device,
+        quantization=config.quantization,
+        max_model_len=capacity.max_model_len,
+        on_progress=lambda fraction, text: on_phase(EnginePhase("loading", fraction, text)),
+    )
+    return Started(
+        model=loaded.model,
+        kv_cache=allocate_kv_cache(geometry, capacity, kv_dtype, device.torch_device),
+        device=device,
+        geometry=geometry,
+        capacity=capacity,
+        eos_token_ids=frozenset(read_eos_token_ids(files)),
+        enable_prefix_caching=config.enable_prefix_caching,
+        actual_weight_bytes=loaded.weight_bytes,
+        kernels=loaded.kernels,
+    )
+
+
+def limits_of(config: EngineConfig) -> Limits:
+    """What the configuration fixes of the capacity plan."""
+    return Limits(
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        num_kv_blocks=config.num_kv_blocks,
+        block_size=config.block_size,
+        quantization=config.quantization,
+    )
+
+
+def allocate_kv_cache(geometry: Geometry, capacity: Capacity, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The KV cache, filled with zeros: attention multiplies what lies behind a block's last token by 0, and 0 x NaN
+    would be NaN. On a CPU the operating system hands out the pages only when they are written."""
+    shape = (
+        capacity.num_kv_blocks,
+        geometry.num_layers,
+        2,
+        capacity.block_size,
+        geometry.num_kv_heads,
+        geometry.head_dim,
+    )
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _log_plan(config: EngineConfig, device: Device, dtype: torch.dtype, capacity: Capacity) -> None:
+    logger.info(
+        "model=%s hardware=%s dtype=%s quantization=%s weights=%.2fGiB kv_cache=%.2fGiB blocks=%d block_size=%d "
+        "max_model_len=%d max_num_seqs=%d max_num_batched_tokens=%d",
+        config.model_name,
+        device.hardware.name,
+        _name(dtype),
+        config.quantization,
+        capacity.weight_bytes / GIB,
+        capacity.kv_bytes / GIB,
+        capacity.num_kv_blocks,
+        capacity.block_size,
+        capacity.max_model_len,
+        capacity.max_num_seqs,
+        capacity.max_num_batched_tokens,
+    )
