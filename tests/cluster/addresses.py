@@ -29,7 +29,11 @@ class PodAddresses:
     def __init__(self) -> None:
         self._taken: set[str] = set()
 
-    def take(self) -> str:
+    def take(self, earlier: str | None = None) -> str:
+        """An address for a pod; the `earlier` one that it has reported already, which cannot change, if any."""
+        if earlier is not None:
+            self._taken.add(earlier)
+            return earlier
         while True:
             address = str(_REPORTED[random.randrange(2, _REPORTED.num_addresses - 1)])
             if address not in self._taken:

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kube_client import Manifest
 from kubernetes import config
 from kubernetes.client.exceptions import ApiException
 from kubernetes.dynamic import DynamicClient
 from kubernetes.dynamic.exceptions import NotFoundError, ResourceNotFoundError
-
-from kube_client import Manifest
 
 T = TypeVar("T")
 
@@ -61,9 +60,7 @@ class ApiObjects:
         )  # fmt: skip
         return _plain(patched)
 
-    def delete(
-        self, kind: str, name: str, namespace: str | None = None, grace_s: int | None = None
-    ) -> None:
+    def delete(self, kind: str, name: str, namespace: str | None = None, grace_s: int | None = None) -> None:
         """Delete, owned objects in the background; an object that is already gone is fine."""
         body: dict[str, Any] = {"propagationPolicy": "Background"}
         if grace_s is not None:
@@ -83,7 +80,7 @@ class ApiObjects:
             return self._client.resources.get(kind=kind)
 
 
-def eventually(probe: Callable[[], T], what: str, timeout_s: float = 20.0) -> T:
+def eventually(probe: Callable[[], T | None], what: str, timeout_s: float = 20.0) -> T:
     """Call `probe` until it returns something true, and return that. AssertionError after `timeout_s` seconds."""
     deadline = time.monotonic() + timeout_s
     while True:

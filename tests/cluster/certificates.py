@@ -82,18 +82,20 @@ class CertificateAuthority:
 
 def kubeconfig(server: str, authority: bytes, login: dict[str, str], namespace: str = "default") -> str:
     """A kubeconfig, as YAML, for one server and one user."""
-    return yaml.safe_dump({
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [
-            {"name": "octavo", "cluster": {"server": server, "certificate-authority-data": _base64(authority)}}
-        ],
-        "users": [{"name": "octavo", "user": login}],
-        "contexts": [
-            {"name": "octavo", "context": {"cluster": "octavo", "user": "octavo", "namespace": namespace}}
-        ],
-        "current-context": "octavo",
-    })
+    return yaml.safe_dump(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [
+                {"name": "octavo", "cluster": {"server": server, "certificate-authority-data": _base64(authority)}}
+            ],
+            "users": [{"name": "octavo", "user": login}],
+            "contexts": [
+                {"name": "octavo", "context": {"cluster": "octavo", "user": "octavo", "namespace": namespace}}
+            ],
+            "current-context": "octavo",
+        }
+    )
 
 
 def new_private_key() -> bytes:
@@ -120,9 +122,7 @@ def _new_authority() -> KeyPair:
     return _pair(builder.sign(key, hashes.SHA256()), key)
 
 
-def _unsigned(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
-) -> x509.CertificateBuilder:
+def _unsigned(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()

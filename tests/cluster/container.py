@@ -105,8 +105,9 @@ class Container:
     def kill(self) -> None:
         """Stop for good at once."""
         self._is_ending = True
-        if self._process_id:
-            signal_group(self._process_id, signal.SIGKILL)
+        # Not by the id that the status still shows: that may be another process's by now.
+        if self._process is not None:
+            signal_group(self._process.pid, signal.SIGKILL)
 
     def status(self) -> Manifest:
         """The entry of containerStatuses."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import signal
 import threading
 import time
 from collections.abc import Coroutine
@@ -225,14 +226,14 @@ def main() -> None:
     parser.add_argument("--listen", type=int, default=0, help="port to listen on; a free one by default")
     options = parser.parse_args()
     port = int(options.port) if options.port and options.port.isdigit() else options.port
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        Forward(
-            options.service, options.namespace, options.kubeconfig, service_port=port, listen_port=options.listen
-        ) as forward,
-    ):
+    is_over = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: is_over.set())
+    with Forward(
+        options.service, options.namespace, options.kubeconfig, service_port=port, listen_port=options.listen
+    ) as forward:
         print(f"{forward.url} -> service {options.namespace}/{options.service}", flush=True)
-        threading.Event().wait()
+        is_over.wait()
 
 
 if __name__ == "__main__":

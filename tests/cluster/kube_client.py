@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import aiohttp
-from kubernetes.aio import client, config
+from kubernetes.aio import config
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,8 @@ class KubeClient:
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(_WATCH_S),
         }
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_REQUEST_TIMEOUT_S, sock_read=_WATCH_S + 30)
-        async with await self._send("GET", path, None, "application/json", query, timeout) as response:
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=_REQUEST_TIMEOUT_S, sock_read=_WATCH_S + 30)
+        async with await self._send("GET", path, None, "application/json", query, limits) as response:
             await _raise_for_status(response)
             async for line in response.content:
                 event = json.loads(line)
@@ -107,8 +107,8 @@ class KubeClient:
         content_type: str = "application/json",
         query: Mapping[str, str] | None = None,
     ) -> Manifest:
-        timeout = aiohttp.ClientTimeout(total=_REQUEST_TIMEOUT_S)
-        async with await self._send(method, path, body, content_type, query or {}, timeout) as response:
+        limits = aiohttp.ClientTimeout(total=_REQUEST_TIMEOUT_S)
+        async with await self._send(method, path, body, content_type, query or {}, limits) as response:
             await _raise_for_status(response)
             manifest: Manifest = json.loads(await response.read())
             return manifest
@@ -120,7 +120,7 @@ class KubeClient:
         body: Manifest | None,
         content_type: str,
         query: Mapping[str, str],
-        timeout: aiohttp.ClientTimeout,
+        limits: aiohttp.ClientTimeout,
     ) -> aiohttp.ClientResponse:
         call = await self._api.param_serialize(
             method,
@@ -130,7 +130,7 @@ class KubeClient:
             body=body,
             auth_settings=["BearerToken"],
         )
-        answer = await self._api.call_api(*call, _request_timeout=timeout)
+        answer = await self._api.call_api(*call, _request_timeout=limits)
         response: aiohttp.ClientResponse = answer.response
         return response
 

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import pytest
-
 import binaries
+import pytest
 from api_objects import ApiObjects
 from container import BackOff
 from control_plane import ControlPlane

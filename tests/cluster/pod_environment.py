@@ -86,9 +86,7 @@ async def environment_variables(
 
 def on_host(variables: Mapping[str, str], base: Mapping[str, str], mounts: Mounts) -> dict[str, str]:
     """`variables` with host paths; what came from `base` unchanged has host paths already."""
-    return {
-        name: value if base.get(name) == value else mounts.rewrite(value) for name, value in variables.items()
-    }
+    return {name: value if base.get(name) == value else mounts.rewrite(value) for name, value in variables.items()}
 
 
 def field_value(path: str, identity: PodIdentity) -> str:
@@ -129,9 +127,7 @@ def resource_value(reference: Manifest, container: Manifest) -> str:
     return str(math.ceil(parse_quantity(quantity) / divisor))
 
 
-async def _value_from(
-    source: Manifest, container: Manifest, identity: PodIdentity, lookup: Lookup
-) -> str | None:
+async def _value_from(source: Manifest, container: Manifest, identity: PodIdentity, lookup: Lookup) -> str | None:
     if "fieldRef" in source:
         return field_value(source["fieldRef"]["fieldPath"], identity)
     if "resourceFieldRef" in source:

@@ -23,9 +23,8 @@ async def write_volume(
     """
     if "hostPath" in volume:
         return _host_path(volume["hostPath"])
-    folder.mkdir(parents=True, exist_ok=True)
     if "emptyDir" in volume:
-        return folder
+        return made_folder(folder)
     if "projected" in volume:
         mode = volume["projected"].get("defaultMode", _DEFAULT_MODE)
         for source in volume["projected"].get("sources", ()):
@@ -52,7 +51,7 @@ def container_mounts(container: Manifest, volumes: Mapping[str, Path], terminati
 def _host_path(source: Manifest) -> Path:
     path = Path(source["path"])
     if source.get("type") == "DirectoryOrCreate":
-        path.mkdir(parents=True, exist_ok=True)
+        made_folder(path)
     elif source.get("type") == "FileOrCreate":
         path.touch()
     elif source.get("type") and not path.exists():
@@ -103,7 +102,13 @@ async def _keyed_files(
     return files
 
 
+def made_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _write_files(folder: Path, files: Mapping[str, tuple[bytes, int | None]], default_mode: int) -> None:
+    made_folder(folder)
     for path, (content, mode) in files.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)

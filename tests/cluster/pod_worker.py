@@ -21,7 +21,7 @@ from pod_environment import (
     expand,
     on_host,
 )
-from pod_volumes import container_mounts, write_volume
+from pod_volumes import container_mounts, made_folder, write_volume
 from probes import ProbeTarget
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class PodWorker:
     def __init__(self, pod: Manifest, host: PodHost) -> None:
         self.pod = pod
         self._host = host
-        self._ip = host.addresses.take()
+        self._ip = host.addresses.take(pod.get("status", {}).get("podIP"))
         self._identity = PodIdentity(pod, host.node_name, reachable_address(self._ip))
         metadata = pod["metadata"]
         self._folder = host.folder / f"{metadata['namespace']}_{metadata['name']}"
@@ -254,14 +254,12 @@ class PodWorker:
         return 0
 
     async def _prepare(self, container: Manifest) -> Launch:
-        folder = self._folder / container["name"]
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = made_folder(self._folder / container["name"])
         mounts = container_mounts(container, self._volumes, folder / "termination-log")
         base = await self._base_environment(container)
         variables = await environment_variables(container, self._identity, base, self._lookup)
         environment = on_host(variables, base, mounts)
-        working_directory = Path(mounts.rewrite(container.get("workingDir", str(folder))))
-        working_directory.mkdir(parents=True, exist_ok=True)
+        working_directory = made_folder(Path(mounts.rewrite(container.get("workingDir", str(folder)))))
         target = ProbeTarget(
             address=self._identity.address,
             ports={port["name"]: port["containerPort"] for port in container.get("ports", ()) if "name" in port},
@@ -411,7 +409,7 @@ class HollowPod:
         self._host = host
         self._delay_s = delay_s
         self._becomes_ready = becomes_ready
-        self._ip = host.addresses.take()
+        self._ip = host.addresses.take(pod.get("status", {}).get("podIP"))
         self._started_at = timestamp()
         self._reporter = PodReporter(host, pod, self._status)
         self._task: asyncio.Task[None] | None = None

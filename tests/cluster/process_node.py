@@ -100,9 +100,7 @@ class NodeSpec:
 class ProcessNode:
     """One node: registration, lease, and a worker per pod. Lives in one event loop."""
 
-    def __init__(
-        self, spec: NodeSpec, kubeconfig: Path, folder: Path, addresses: PodAddresses, guard: Guard
-    ) -> None:
+    def __init__(self, spec: NodeSpec, kubeconfig: Path, folder: Path, addresses: PodAddresses, guard: Guard) -> None:
         self.spec = spec
         self._client = KubeClient(kubeconfig)
         self._folder = folder
@@ -306,9 +304,7 @@ class NodeHost:
 
     async def _add(self, specs: Sequence[NodeSpec]) -> None:
         nodes = [
-            ProcessNode(
-                spec, self._kubeconfig_of(spec.name), self._state / "pods", self._addresses, self._guard
-            )
+            ProcessNode(spec, self._kubeconfig_of(spec.name), self._state / "pods", self._addresses, self._guard)
             for spec in specs
         ]
         self._nodes |= {node.spec.name: node for node in nodes}

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kubernetes.dynamic.exceptions import DynamicApiError
-
 from api_objects import ApiObjects, eventually
 from control_plane import ControlPlane, process_ids_of
 from kubectl import Kubectl
+from kubernetes.dynamic.exceptions import DynamicApiError
 from plugin import HollowNodes
 
 UP = Path(__file__).with_name("up.py")
@@ -108,17 +107,17 @@ def test_collects_objects_whose_owner_is_deleted(objects: ApiObjects, namespace:
 def test_a_deployment_rolls(objects: ApiObjects, namespace: str, hollow_nodes: HollowNodes) -> None:
     hollow_nodes(labels={"pool": "rolling"})
 
-    def rolled_out(generation: int) -> bool:
+    def rolled_out() -> bool:
         found = objects.get("Deployment", "web", namespace) or {}
         status = found.get("status", {})
         counts = [status.get(key) for key in ("updatedReplicas", "readyReplicas", "replicas")]
-        return bool(status.get("observedGeneration", 0) >= generation and counts == [2, 2, 2])
+        return bool(counts == [2, 2, 2] and status["observedGeneration"] == found["metadata"]["generation"])
 
-    for generation, colour in enumerate(("blue", "green"), start=1):
+    for colour in ("blue", "green"):
         manifest = deployment(namespace, "web", COLOUR=colour)
         manifest["spec"]["template"]["spec"]["nodeSelector"] = {"pool": "rolling"}
         objects.apply(manifest)
-        eventually(lambda generation=generation: rolled_out(generation), f"{colour} is rolled out")
+        eventually(rolled_out, f"{colour} is rolled out")
     sets = objects.list("ReplicaSet", namespace, "app=web")
     assert sorted(one["spec"]["replicas"] for one in sets) == [0, 2]
 

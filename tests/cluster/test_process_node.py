@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from addresses import reachable_address
 from api_objects import ApiObjects, eventually
 from control_plane import ControlPlane
