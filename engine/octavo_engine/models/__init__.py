@@ -1,0 +1,99 @@
+"""Model families: one file each, found by the decorator `@register_model`.
+
+A model is built from its geometry and its configuration, and answers `forward` and `compute_logits`; it knows nothing
+of files, requests or scheduling.
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Self, TypeVar
+
+import torch
+from octavo_kernels.ops.attention_metadata import AttentionMetadata
+from torch import nn
+
+from octavo_engine.errors import UnsupportedModelError
+from octavo_engine.geometry import Geometry
+
+ModelType = TypeVar("ModelType", bound="Model")
+
+
+class Model(nn.Module, ABC):
+    """What the engine's core asks of a model. Tokens of all requests lie one after the other, without padding.
+
+    Parameters bear the checkpoint's names; where a layer stacks several weights into one, its `parts` say which.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, geometry: Geometry, config: Mapping[str, object], max_model_len: int) -> Self:
+        """Build it on torch's current device in torch's default type, weights unset.
+
+        config: the fields of `config.json`
+        Raises UnsupportedModelError for a feature that it does not have.
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """Hidden states after the final norm, [num_tokens, hidden_size].
+
+        input_ids, positions: [num_tokens] int64
+        kv_cache: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]; this step's part is written
+        """
+
+    @abstractmethod
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_rows, hidden_size] -> [num_rows, vocab_size] float32."""
+
+
+class ModelRegistry:
+    """Architecture (the class name in config.json) -> the class that serves it."""
+
+    def __init__(self) -> None:
+        self._classes: dict[str, type[Model]] = {}
+
+    def register(self, *architectures: str) -> Callable[[type[ModelType]], type[ModelType]]:
+        """A class decorator. Raises ValueError for an architecture that another class has."""
+
+        def decorate(model_class: type[ModelType]) -> type[ModelType]:
+            for architecture in architectures:
+                if architecture in self._classes:
+                    other = self._classes[architecture].__name__
+                    raise ValueError(f"{architecture} is registered by {other} and by {model_class.__name__}")
+                self._classes[architecture] = model_class
+            return model_class
+
+        return decorate
+
+    def find(self, architecture: str) -> type[Model]:
+        """The class for an architecture. Raises UnsupportedModelError that lists what is known."""
+        if architecture not in self._classes:
+            known = ", ".join(sorted(self._classes))
+            raise UnsupportedModelError(f"the architecture {architecture} is not supported; supported: {known}")
+        return self._classes[architecture]
+
+
+MODELS = ModelRegistry()
+register_model = MODELS.register
+
+
+def find_model_class(architecture: str) -> type[Model]:
+    """The class for an architecture, after importing every module of this package.
+
+    Raises UnsupportedModelError that lists what is known; an import error of a module is not hidden.
+    """
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+        importlib.import_module(module.name)
+    return MODELS.find(architecture)

@@ -1,0 +1,22 @@
+"""Normalisation layers."""
+
+import torch
+from octavo_kernels.ops.rms_norm import add_rms_norm, rms_norm
+from torch import nn
+
+
+class RmsNorm(nn.Module):
+    """Root mean square normalisation with a learned weight, optionally of hidden plus residual."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalise [num_tokens, hidden_size]."""
+        return rms_norm(hidden, self.weight, self.eps)
+
+    def add(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normalised sum, sum) of `hidden` and `residual`; the residual's memory holds the sum."""
+        return add_rms_norm(hidden, residual, self.weight, self.eps)

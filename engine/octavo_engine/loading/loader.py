@@ -1,0 +1,129 @@
+"""Build a model and fill it: every parameter from the checkpoint exactly once, one shard in memory at a time."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from octavo_engine.errors import UnsupportedModelError
+from octavo_engine.geometry import Geometry
+from octavo_engine.gguf_file import GgufFile
+from octavo_engine.layers.linear import Linear
+from octavo_engine.loading.gguf_weights import GgufWeights
+from octavo_engine.loading.model_config import config_from_gguf, read_model_config
+from octavo_engine.loading.safetensors_weights import SafetensorsWeights
+from octavo_engine.loading.weight_source import StoredTensor, WeightSource
+from octavo_engine.model_source import ModelFiles
+from octavo_engine.models import Model, find_model_class
+
+# (share of the bytes that are loaded, what is loading)
+ProgressCallback = Callable[[float, str], None]
+
+# Buffers that old checkpoints store although they follow from the configuration.
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.(attn|self_attn)\.(masked_)?bias")
+_MAX_NAMES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one of the checkpoint's tensors goes: rows `start` to `stop` of a module's parameter."""
+
+    module: nn.Module
+    parameter: str
+    start: int
+    stop: int
+
+
+def load_model(
+    files: ModelFiles,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str,
+    on_progress: ProgressCallback,
+    *,
+    max_model_len: int | None = None,
+) -> Model:
+    """Build the model of `files` with its weights in `dtype` on `device`, ready to run.
+
+    quantization:  none, or int8 for linear layers with one scale per output channel
+    max_model_len: longest context that will be served; default: the model's own
+    Memory peaks at the weights plus one of the checkpoint's tensors.
+    Raises UnsupportedModelError if the architecture is unknown, or if tensors are missing, unexpected or mis-shaped;
+    ModelSourceError if the files cannot be read.
+    """
+    gguf_file = GgufFile(files.path) if files.is_gguf else None
+    source: WeightSource = GgufWeights(gguf_file, geometry) if gguf_file else SafetensorsWeights(files.path)
+    config = config_from_gguf(gguf_file) if gguf_file else read_model_config(files)
+    model_class = find_model_class(geometry.architecture)
+    with torch.device("meta"):
+        model = model_class.from_config(geometry, config, max_model_len or geometry.max_position_embeddings)
+    fill_parameters(model, source, dtype, device, on_progress)
+    return model.to(device=device).eval()
+
+
+def fill_parameters(
+    model: Model, source: WeightSource, dtype: torch.dtype, device: torch.device, on_progress: ProgressCallback
+) -> None:
+    """Give each of the model's meta parameters memory and values.
+
+    Raises UnsupportedModelError that names tensors which are missing, unexpected, double or mis-shaped.
+    """
+    slots = dict(_slots(model))
+    missing = set(slots)
+    unexpected, num_read, num_bytes = [], 0, max(source.num_bytes, 1)
+    for stored in source:
+        if stored.name in missing:
+            _fill(slots[stored.name], stored, dtype, device)
+            missing.remove(stored.name)
+        elif not _is_dispensable(stored.name, model.geometry):
+            unexpected.append(stored.name)
+        num_read += stored.num_bytes
+        on_progress(min(num_read / num_bytes, 1.0), stored.name)
+    if missing:
+        raise UnsupportedModelError(f"the checkpoint lacks {_some(sorted(missing))}")
+    if unexpected:
+        raise UnsupportedModelError(f"the checkpoint has tensors that {type(model).__name__} does not: {_some(unexpected)}")
+    on_progress(1.0, "weights loaded")
+
+
+def _slots(model: Model) -> Iterator[tuple[str, Slot]]:
+    """The checkpoint's name of each tensor that the model wants, and where it goes."""
+    for path, module in model.named_modules():
+        for parameter, tensor in module.named_parameters(recurse=False):
+            if not isinstance(module, Linear):
+                yield f"{path}.{parameter}", Slot(module, parameter, 0, len(tensor))
+                continue
+            parent, start = path.rpartition(".")[0], 0
+            for part, size in module.parts.items():
+                yield f"{parent}.{part}.{parameter}", Slot(module, parameter, start, start + size)
+                start += size
+
+
+def _fill(slot: Slot, stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> None:
+    parameter = slot.module.get_parameter(slot.parameter)
+    tensor = stored.read()
+    expected = (slot.stop - slot.start, *parameter.shape[1:])
+    if tensor.shape != expected:
+        raise UnsupportedModelError(
+            f"the checkpoint's {stored.name} has the shape {tuple(tensor.shape)}; the configuration asks for {expected}"
+        )
+    if not tensor.is_floating_point():
+        raise UnsupportedModelError(f"the checkpoint's {stored.name} holds {tensor.dtype}, which is not supported")
+    if parameter.is_meta:
+        memory = torch.empty(parameter.shape, dtype=dtype, device=device)
+        parameter = nn.Parameter(memory, requires_grad=False)
+        slot.module.register_parameter(slot.parameter, parameter)
+    parameter[slot.start : slot.stop].copy_(tensor)
+
+
+def _is_dispensable(name: str, geometry: Geometry) -> bool:
+    """Tensors that a checkpoint may hold though the model has no use for them."""
+    return bool(_DERIVED.fullmatch(name)) or (geometry.tie_word_embeddings and name == "lm_head.weight")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more

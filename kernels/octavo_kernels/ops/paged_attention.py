@@ -1,0 +1,264 @@
+"""Attention over a paged KV cache: the torch reference op, which is also the CPU kernel.
+
+Requests with the same number of query tokens and about the same context are computed together: their blocks are
+gathered through the block table and handed to torch's fused attention. Which requests, which blocks and which mask is the
+same for every layer, so it is planned once per step.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from octavo_kernels.ops.attention_metadata import AttentionMetadata
+
+# Requests share a call while gathering the padding costs less than another call does.
+MAX_PADDING = 2.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionGroup:
+    """Requests of one call.
+
+    rows:      [num_seqs * query_len] rows of the step's tokens, or a slice where they are adjacent
+    block_ids: [num_seqs * num_blocks] what to gather
+    num_keys:  keys to use of those gathered
+    mask:      added to the scores, broadcastable to [num_seqs, 1, query_len, num_keys]; None: nothing is masked, except
+               the future if `is_causal`
+    stale:     gathered (block, offset) slots that belong to nobody, set to zero since they may hold NaN
+    """
+
+    rows: torch.Tensor | slice
+    num_seqs: int
+    query_len: int
+    block_ids: torch.Tensor
+    num_keys: int
+    mask: torch.Tensor | None
+    is_causal: bool
+    stale: tuple[torch.Tensor, torch.Tensor] | None
+
+
+AttentionPlan = tuple[AttentionGroup, ...]
+
+
+def paged_attention(
+    query: torch.Tensor,
+    kv_cache_layer: torch.Tensor,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """softmax(scale * q K^T) V of each token over the context of its request, itself included.
+
+    query:          [num_tokens, num_heads, head_dim]
+    kv_cache_layer: [num_blocks, 2, block_size, num_kv_heads, head_dim], holding this step's keys and values already
+    sliding_window: a token sees itself and the `sliding_window - 1` tokens before it
+    Returns         [num_tokens, num_heads, head_dim] in the query's type; query head h reads KV head
+                    h // (num_heads / num_kv_heads)
+    Source: PagedAttention (https://arxiv.org/abs/2309.06180).
+    """
+    plan = plan_attention(metadata, kv_cache_layer.shape[2], query.dtype, sliding_window)
+    return run_attention(query, kv_cache_layer, plan, scale=scale)
+
+
+def plan_attention(
+    metadata: AttentionMetadata, block_size: int, dtype: torch.dtype, sliding_window: int | None = None
+) -> AttentionPlan:
+    """What `run_attention` needs to know of a step, for every layer with this window. dtype: the query's."""
+    starts = [0]
+    for query_len in metadata.query_lens:
+        starts.append(starts[-1] + query_len)
+    return tuple(
+        _plan_group(metadata, seqs, starts, block_size, dtype, sliding_window)
+        for seqs in _groups(metadata.query_lens, metadata.context_lens)
+    )
+
+
+def _groups(query_lens: Sequence[int], context_lens: Sequence[int]) -> Iterator[list[int]]:
+    """Requests to compute together: decodes, from the shortest context on, until padding costs too much."""
+    decodes = sorted(
+        (seq for seq, query_len in enumerate(query_lens) if query_len == 1), key=lambda seq: context_lens[seq]
+    )
+    while decodes:
+        group, total = [decodes[-1]], context_lens[decodes[-1]]
+        longest = total
+        for seq in reversed(decodes[:-1]):
+            total += context_lens[seq]
+            if longest * (len(group) + 1) > MAX_PADDING * total:
+                break
+            group.append(seq)
+        del decodes[-len(group) :]
+        yield sorted(group)
+    yield from ([seq] for seq, query_len in enumerate(query_lens) if query_len > 1)
+
+
+def _plan_group(
+    metadata: AttentionMetadata,
+    seqs: list[int],
+    starts: list[int],
+    block_size: int,
+    dtype: torch.dtype,
+    sliding_window: int | None,
+) -> AttentionGroup:
+    device = metadata.block_tables.device
+    query_len = metadata.query_lens[seqs[0]]
+    contexts = [metadata.context_lens[seq] for seq in seqs]
+    # Keys that the first query token of a request cannot see any more are not even gathered.
+    first_blocks = [_first_key(context, query_len, sliding_window) // block_size for context in contexts]
+    key_lens = [context - first * block_size for context, first in zip(contexts, first_blocks, strict=True)]
+    num_blocks = -(-max(key_lens) // block_size)
+    block_ids = _gather_ids(metadata.block_tables, seqs, first_blocks, num_blocks)
+    num_keys = max(key_lens)
+    is_ragged = min(key_lens) < num_keys
+    offsets = [_first_key(context, query_len, sliding_window) for context in contexts]
+    starts_mid_block = any(
+        offset > first * block_size for offset, first in zip(offsets, first_blocks, strict=True)
+    )
+    is_first_chunk = query_len == num_keys and len(seqs) == 1
+    is_causal = query_len > 1 and is_first_chunk and not (sliding_window and query_len > sliding_window)
+    needs_mask = is_ragged or starts_mid_block or (query_len > 1 and not is_causal)
+    lens = torch.tensor(key_lens, device=device)
+    return AttentionGroup(
+        rows=_rows(seqs, starts, query_len, device),
+        num_seqs=len(seqs),
+        query_len=query_len,
+        block_ids=block_ids.reshape(-1),
+        num_keys=num_keys,
+        mask=_mask(lens, query_len, num_keys, sliding_window, dtype) if needs_mask else None,
+        is_causal=is_causal,
+        stale=_stale_slots(lens, num_blocks, block_size, num_keys) if is_ragged else None,
+    )
+
+
+def _first_key(context_len: int, query_len: int, sliding_window: int | None) -> int:
+    """The earliest key that the first of the query tokens sees."""
+    return max(0, context_len - query_len + 1 - sliding_window) if sliding_window else 0
+
+
+def _gather_ids(
+    block_tables: torch.Tensor, seqs: list[int], first_blocks: list[int], num_blocks: int
+) -> torch.Tensor:
+    """[num_seqs, num_blocks] block ids from each request's first block on; past the table's end, any block."""
+    device = block_tables.device
+    columns = torch.tensor(first_blocks, device=device)[:, None] + torch.arange(num_blocks, device=device)
+    columns.clamp_(max=block_tables.shape[1] - 1)
+    return block_tables[torch.tensor(seqs, device=device)[:, None], columns]
+
+
+def _rows(seqs: list[int], starts: list[int], query_len: int, device: torch.device) -> torch.Tensor | slice:
+    if seqs[-1] - seqs[0] + 1 == len(seqs):
+        return slice(starts[seqs[0]], starts[seqs[-1] + 1])
+    first_rows = torch.tensor([starts[seq] for seq in seqs], device=device)
+    return (first_rows[:, None] + torch.arange(query_len, device=device)).reshape(-1)
+
+
+def _mask(
+    key_lens: torch.Tensor, query_len: int, num_keys: int, sliding_window: int | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """[num_seqs, 1, query_len, num_keys], -inf where a query token must not look."""
+    keys = torch.arange(num_keys, device=key_lens.device)
+    queries = key_lens[:, None, None] - query_len + torch.arange(query_len, device=key_lens.device)[:, None]
+    hidden = keys > queries
+    if sliding_window:
+        hidden |= keys <= queries - sliding_window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=key_lens.device)
+    return mask.masked_fill_(hidden, -torch.inf).unsqueeze(1)
+
+
+def _stale_slots(
+    key_lens: torch.Tensor, num_blocks: int, block_size: int, num_keys: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices (gathered block, offset) of the slots between a request's length and `num_keys`."""
+    keys = torch.arange(num_keys, device=key_lens.device)
+    seqs, stale = (keys >= key_lens[:, None]).nonzero(as_tuple=True)
+    blocks = torch.div(stale, block_size, rounding_mode="floor")
+    return seqs * num_blocks + blocks, stale - blocks * block_size
+
+
+def run_attention(
+    query: torch.Tensor, kv_cache_layer: torch.Tensor, plan: AttentionPlan, *, scale: float
+) -> torch.Tensor:
+    """`paged_attention` after `plan_attention`."""
+    if len(plan) == 1 and isinstance(plan[0].rows, slice):
+        return _attend(query, kv_cache_layer, plan[0], scale)
+    output = torch.empty_like(query)
+    for group in plan:
+        output[group.rows] = _attend(query[group.rows], kv_cache_layer, group, scale)
+    return output
+
+
+def _attend(
+    query: torch.Tensor, kv_cache_layer: torch.Tensor, group: AttentionGroup, scale: float
+) -> torch.Tensor:
+    """[num_seqs * query_len, num_heads, head_dim] for the rows of one group."""
+    num_seqs, query_len = group.num_seqs, group.query_len
+    num_heads, head_dim = query.shape[1:]
+    num_kv_heads = kv_cache_layer.shape[3]
+    keys, values = _gather(kv_cache_layer, group, query.dtype)
+    if query_len == 1:
+        # The query heads of one KV head become its query rows, so that each key is read once for all of them.
+        grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        output = scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask, scale=scale)
+        return output.reshape(num_seqs, num_heads, head_dim)
+    queries = query.view(num_seqs, query_len, num_heads, head_dim).transpose(1, 2)
+    output = scaled_dot_product_attention(
+        queries, keys, values, attn_mask=group.mask, is_causal=group.is_causal, scale=scale,
+        enable_gqa=num_heads != num_kv_heads,
+    )  # fmt: skip
+    return output.transpose(1, 2).reshape(num_seqs * query_len, num_heads, head_dim)
+
+
+def _gather(
+    kv_cache_layer: torch.Tensor, group: AttentionGroup, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a group, each [num_seqs, num_kv_heads, num_keys, head_dim], a strided view of one copy."""
+    keys = _gather_one(kv_cache_layer[:, 0], group, dtype)
+    return keys, _gather_one(kv_cache_layer[:, 1], group, dtype)
+
+
+def _gather_one(cache: torch.Tensor, group: AttentionGroup, dtype: torch.dtype) -> torch.Tensor:
+    blocks = cache.index_select(0, group.block_ids)
+    if group.stale is not None:
+        blocks[group.stale] = 0
+    tokens = blocks.to(dtype).view(group.num_seqs, -1, *cache.shape[2:])
+    return tokens[:, : group.num_keys].transpose(1, 2)
+
+
+def example_inputs(
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    *,
+    num_heads: int = 6,
+    num_kv_heads: int = 2,
+    head_dim: int = 16,
+    block_size: int = 4,
+) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
+    """Query, cache layer and metadata for requests whose blocks lie scattered; slots of nobody hold NaN.
+
+    The cache layer is a view into a cache of two layers, as an engine passes it.
+    """
+    num_blocks_of = [-(-context // block_size) for context in context_lens]
+    num_blocks = sum(num_blocks_of) + 1
+    free = (torch.randperm(num_blocks - 1) + 1).tolist()
+    tables = torch.zeros(len(context_lens), max(num_blocks_of), dtype=torch.int64)
+    cache = torch.full((num_blocks, 2, 2, block_size, num_kv_heads, head_dim), torch.nan)
+    slots: list[int] = []
+    for seq, (query_len, context) in enumerate(zip(query_lens, context_lens, strict=True)):
+        blocks = [free.pop() for _ in range(num_blocks_of[seq])]
+        tables[seq, : len(blocks)] = torch.tensor(blocks)
+        own = [blocks[token // block_size] * block_size + token % block_size for token in range(context)]
+        slots += own[context - query_len :]
+        block_ids, offsets = torch.tensor(own) // block_size, torch.tensor(own) % block_size
+        cache[block_ids, 1, :, offsets] = torch.randn(context, 2, num_kv_heads, head_dim)
+    metadata = AttentionMetadata(
+        block_tables=tables,
+        seq_lens=torch.tensor(context_lens),
+        query_start_loc=torch.tensor([0, *query_lens]).cumsum(0),
+        slot_mapping=torch.tensor(slots),
+        num_decodes=sum(1 for query_len in query_lens if query_len == 1),
+        query_lens=tuple(query_lens),
+        context_lens=tuple(context_lens),
+    )
+    return torch.randn(sum(query_lens), num_heads, head_dim), cache[:, 1], metadata
