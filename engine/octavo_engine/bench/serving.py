@@ -1,0 +1,85 @@
+"""Benchmarks a running server: warm up, repeat with fresh prompts, measure. The I/O edge of `octavo bench serve`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import uvloop
+
+from octavo_engine.bench.client import Endpoint, RequestResult, get_json, parse_url, run_closed, run_open
+from octavo_engine.bench.machine import CpuMeter, CpuShares
+from octavo_engine.bench.measurement import Goal, Measurement, measure
+from octavo_engine.bench.workloads import DEFAULT_VOCAB_SIZE, Workload, make_requests
+from octavo_engine.errors import ConfigError
+
+_ASK_TIMEOUT_S = 10.0
+# Prompts of a warm-up come from seeds that no timed repeat uses.
+_WARM_UP_SEED = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class ServingPlan:
+    """What is sent. Exactly one of `concurrency` and `requests_per_second` is set.
+
+    time_limit_s bounds each repeat. server_pids: the server's processes if it runs here, for the CPU account.
+    """
+
+    workload: Workload
+    num_requests: int
+    concurrency: int | None = None
+    requests_per_second: float | None = None
+    num_repeats: int = 1
+    num_warm_ups: int = 1
+    seed: int = 0
+    vocab_size: int = DEFAULT_VOCAB_SIZE
+    time_limit_s: float = 600.0
+    goal: Goal = field(default_factory=Goal)
+    server_pids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """One timed repeat, and who used the CPU meanwhile."""
+
+    seed: int
+    measurement: Measurement
+    cpu: CpuShares
+
+
+def find_endpoint(url: str, model: str | None, *, allow_remote: bool, api_key: str | None) -> Endpoint:
+    """The endpoint at `url`; without `model`, the first that the server lists. Raises ConfigError if none answers."""
+    endpoint = parse_url(url, model or "", allow_remote=allow_remote, api_key=api_key)
+    if model:
+        return endpoint
+    try:
+        listed = uvloop.run(get_json(endpoint, "/v1/models", _ASK_TIMEOUT_S))
+    except (OSError, TimeoutError, ValueError) as error:
+        raise ConfigError(f"no OpenAI-compatible server answers at {url}: {error}") from None
+    return parse_url(url, str(listed["data"][0]["id"]), allow_remote=allow_remote, api_key=api_key)
+
+
+def run_repeats(endpoint: Endpoint, plan: ServingPlan) -> Iterator[Repeat]:
+    """Warm up, then yield each repeat when it is done. Each has prompts of its own: no cache carries over."""
+    for index in range(plan.num_warm_ups):
+        _run_once(endpoint, plan, _WARM_UP_SEED + plan.seed + index)
+    for index in range(plan.num_repeats):
+        seed = plan.seed + index
+        meter = CpuMeter(plan.server_pids)
+        results = _run_once(endpoint, plan, seed)
+        shares = meter.read()
+        yield Repeat(seed, measure(results, plan.goal), shares)
+
+
+def _run_once(endpoint: Endpoint, plan: ServingPlan, seed: int) -> Sequence[RequestResult]:
+    requests = make_requests(
+        plan.workload,
+        seed,
+        num_requests=plan.num_requests,
+        vocab_size=plan.vocab_size,
+        requests_per_second=plan.requests_per_second,
+    )
+    if plan.concurrency is None:
+        run = run_open(endpoint, requests, plan.time_limit_s)
+    else:
+        run = run_closed(endpoint, requests, plan.concurrency, plan.time_limit_s)
+    results: Sequence[RequestResult] = uvloop.run(run)
+    return results

@@ -1,0 +1,141 @@
+"""Seeded workloads: which prompts arrive when, and how many tokens each wants back. No engine, no clock, no network.
+
+Prompts are lists of token ids drawn uniformly, since no data set is at hand and an engine's work does not depend on
+what the ids mean. Equal seeds make equal workloads on every machine.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo_engine.errors import ConfigError
+
+# Ids below are special tokens in many vocabularies; a prompt of them would be no ordinary prompt.
+FIRST_TOKEN_ID: Final = 256
+# Every vocabulary that is served holds these many, so that all engines can be given the same ids.
+DEFAULT_VOCAB_SIZE: Final = 32_000
+
+# One stream of random numbers per purpose: more requests or another rate must not change the prompts.
+_LENGTHS_STREAM, _PROMPTS_STREAM, _ARRIVALS_STREAM, _PREFIX_STREAM = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Token counts: always `mean`, or lognormal with that mean and `sigma` (of the logarithm), clipped."""
+
+    mean: float
+    sigma: float = 0.0
+    minimum: int = 1
+    maximum: int = 1 << 20
+
+    def draw(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
+        """`count` lengths in tokens. Clipping shifts a lognormal's mean a little; the shift is not undone."""
+        if self.sigma == 0:
+            return np.full(count, round(self.mean), dtype=np.int64)
+        location = math.log(self.mean) - self.sigma**2 / 2
+        lengths = np.rint(rng.lognormal(location, self.sigma, count)).astype(np.int64)
+        return np.clip(lengths, self.minimum, self.maximum)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A named load. With a shared prefix, every prompt begins with the same `num_prefix_tokens` ids."""
+
+    name: str
+    what: str
+    input_tokens: Lengths
+    output_tokens: Lengths
+    num_requests: int
+    num_prefix_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRequest:
+    """One request: its prompt, the tokens to generate, and when it arrives in seconds after the run's start."""
+
+    prompt_token_ids: tuple[int, ...]
+    num_output_tokens: int
+    arrival_s: float = 0.0
+
+
+def fixed(num_input_tokens: int, num_output_tokens: int, num_requests: int) -> Workload:
+    """A workload whose requests are all of one shape."""
+    name = f"{num_input_tokens}/{num_output_tokens}"
+    what = f"{num_input_tokens} tokens in, {num_output_tokens} out"
+    return Workload(name, what, Lengths(num_input_tokens), Lengths(num_output_tokens), num_requests)
+
+
+def _sharegpt(name: str, what: str, num_requests: int, maximum: int) -> Workload:
+    """Lengths as in ShareGPT's first turns (means 220 in, 205 out). sigma 1.0 in and 0.9 out give their long tails."""
+    return Workload(
+        name,
+        what,
+        input_tokens=Lengths(220, sigma=1.0, minimum=4, maximum=maximum),
+        output_tokens=Lengths(205, sigma=0.9, minimum=4, maximum=maximum),
+        num_requests=num_requests,
+    )
+
+
+WORKLOADS: Final[dict[str, Workload]] = {
+    workload.name: workload
+    for workload in (
+        Workload("latency", "one short prompt", Lengths(128), Lengths(256), 8),
+        Workload("short", "128 in, 128 out", Lengths(128), Lengths(128), 16),
+        Workload("throughput", "offline throughput, 512 in, 256 out", Lengths(512), Lengths(256), 512),
+        Workload("decode", "decode-heavy, 32 in, 512 out", Lengths(32), Lengths(512), 256),
+        Workload("prefill", "long prompts, 8192 in, 64 out", Lengths(8192), Lengths(64), 32),
+        Workload("shared-prefix", "2048 shared, 128 own, 128 out", Lengths(128), Lengths(128), 256, 2048),
+        _sharegpt("sharegpt", "lognormal lengths, means 220 in, 205 out, at most 1024 each", 1000, 1024),
+        _sharegpt("sharegpt-small", "as sharegpt, at most 512 each, fewer requests", 128, 512),
+    )
+}
+
+
+def named(name: str) -> Workload:
+    """The workload of that name. Raises ConfigError that lists the names."""
+    if name not in WORKLOADS:
+        raise ConfigError(f"no workload is named {name!r}; there are: {', '.join(WORKLOADS)}")
+    return WORKLOADS[name]
+
+
+def make_lengths(workload: Workload, seed: int, num_requests: int) -> list[tuple[int, int]]:
+    """(input, output) tokens of each request, the shared prefix included in the input."""
+    rng = np.random.default_rng([seed, _LENGTHS_STREAM])
+    inputs = workload.input_tokens.draw(rng, num_requests) + workload.num_prefix_tokens
+    outputs = workload.output_tokens.draw(rng, num_requests)
+    return list(zip(inputs.tolist(), outputs.tolist(), strict=True))
+
+
+def make_requests(
+    workload: Workload,
+    seed: int,
+    *,
+    num_requests: int | None = None,
+    vocab_size: int = DEFAULT_VOCAB_SIZE,
+    requests_per_second: float | None = None,
+) -> list[BenchRequest]:
+    """The workload's requests in order of arrival.
+
+    Without `requests_per_second` all arrive at 0; with it, arrivals are a Poisson process that starts at 0.
+    """
+    count = workload.num_requests if num_requests is None else num_requests
+    first = FIRST_TOKEN_ID if vocab_size > 2 * FIRST_TOKEN_ID else 0
+    prefix = np.random.default_rng([seed, _PREFIX_STREAM]).integers(first, vocab_size, workload.num_prefix_tokens)
+    rng = np.random.default_rng([seed, _PROMPTS_STREAM])
+    arrivals = poisson_arrivals(requests_per_second, count, seed) if requests_per_second else [0.0] * count
+    requests = []
+    for (num_input, num_output), arrival_s in zip(make_lengths(workload, seed, count), arrivals, strict=True):
+        own = rng.integers(first, vocab_size, num_input - workload.num_prefix_tokens)
+        requests.append(BenchRequest((*prefix.tolist(), *own.tolist()), num_output, arrival_s))
+    return requests
+
+
+def poisson_arrivals(requests_per_second: float, count: int, seed: int) -> Sequence[float]:
+    """Seconds after the start at which `count` independent clients call; the first gap is random too."""
+    rng = np.random.default_rng([seed, _ARRIVALS_STREAM])
+    arrivals: list[float] = np.cumsum(rng.exponential(1 / requests_per_second, count)).tolist()
+    return arrivals
