@@ -1,0 +1,40 @@
+"""Errors of the operator. Each says in one sentence what went wrong and what its reader can do about it."""
+
+from octavo_engine.errors import OctavoError
+
+
+class OperatorError(OctavoError):
+    """A mistake of the user's, or of the environment, told in one sentence."""
+
+
+class ManifestError(OperatorError):
+    """A file that `octavo plan` was given is no InferenceService, or no list of Nodes."""
+
+
+class NothingFitsError(OperatorError):
+    """`octavo plan` found no node type for the model."""
+
+
+class ConnectionSettingsError(OperatorError):
+    """Neither a kubeconfig nor a service account leads to an API server."""
+
+
+class MissingCrdError(OperatorError):
+    """The API server does not know InferenceServices."""
+
+
+class NameConflictError(OperatorError):
+    """An object that somebody else made has the name that a child needs; it is left alone."""
+
+
+class ApiError(OperatorError):
+    """The API server refused a request: `status` is the HTTP status, the message its own sentence."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the same request would be refused again: the object is wrong, not the moment."""
+        return self.status in {400, 422}

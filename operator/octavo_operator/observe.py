@@ -1,0 +1,228 @@
+"""What the operator sees, as frozen values: the resource, its children, the Nodes. Pure readers of manifests.
+
+Everything that decides (`nodes`, `plan`, `conditions`) takes these values and nothing else, so that a decision can be
+repeated from what was observed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any, TypeAlias
+
+from octavo_engine.geometry import Geometry
+
+from octavo_operator.api import GROUP
+from octavo_operator.quantities import parse_quantity
+
+# A finished Kubernetes object, as it goes to or comes from the API server.
+Manifest: TypeAlias = dict[str, Any]
+
+SERVICE_LABEL = f"{GROUP}/inference-service"
+NODE_TYPE_LABEL = f"{GROUP}/node-type"
+MANAGED_BY = {"app.kubernetes.io/managed-by": "octavo"}
+MANAGED_SELECTOR = "app.kubernetes.io/managed-by=octavo"
+
+GPU_RESOURCE = "nvidia.com/gpu"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Key:
+    """Which resource: the unit of work."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+def key_of(manifest: Mapping[str, Any]) -> Key:
+    """The key of an object itself."""
+    metadata = manifest["metadata"]
+    return Key(metadata.get("namespace", ""), metadata["name"])
+
+
+def owner_key(manifest: Mapping[str, Any]) -> Key | None:
+    """The key of the resource that a child belongs to, by its label."""
+    metadata = manifest["metadata"]
+    name = metadata.get("labels", {}).get(SERVICE_LABEL)
+    return Key(metadata["namespace"], name) if name else None
+
+
+@dataclass(frozen=True, slots=True)
+class Taint:
+    """A Node's taint."""
+
+    key: str
+    value: str
+    effect: str
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.value}:{self.effect}" if self.value else f"{self.key}:{self.effect}"
+
+
+@dataclass(frozen=True)
+class ObservedNode:
+    """What planning reads of a Node; two values are equal exactly if no plan can tell them apart."""
+
+    name: str
+    labels: Mapping[str, str]
+    taints: tuple[Taint, ...]
+    is_ready: bool
+    is_cordoned: bool
+    cpu_millicores: int
+    memory_bytes: int
+    num_gpus: int
+
+
+# The labels of a Node that a plan, or a user's nodeSelector, can depend on are all of them, except these, which change
+# with every heartbeat of some add-on.
+_VOLATILE_LABELS = frozenset({"nvidia.com/gfd.timestamp"})
+# The cordon has a taint of its own, which says the same as `unschedulable`; and the node controller's taints say the
+# same as the Ready condition.
+_CONDITION_TAINT = "node.kubernetes.io/"
+
+
+def observe_node(manifest: Mapping[str, Any]) -> ObservedNode:
+    """Read a Node."""
+    spec, status = manifest.get("spec", {}), manifest.get("status", {})
+    allocatable = status.get("allocatable") or status.get("capacity") or {}
+    labels = manifest["metadata"].get("labels") or {}
+    taints = (
+        Taint(each["key"], each.get("value") or "", each.get("effect", ""))
+        for each in spec.get("taints") or []
+        if not each["key"].startswith(_CONDITION_TAINT)
+    )
+    return ObservedNode(
+        name=manifest["metadata"]["name"],
+        labels={name: value for name, value in labels.items() if name not in _VOLATILE_LABELS},
+        taints=tuple(taints),
+        is_ready=_condition(status, "Ready") == "True",
+        is_cordoned=bool(spec.get("unschedulable")),
+        cpu_millicores=int(_quantity(allocatable, "cpu") * 1000),
+        memory_bytes=int(_quantity(allocatable, "memory")),
+        num_gpus=int(_quantity(allocatable, GPU_RESOURCE)),
+    )
+
+
+def _quantity(resources: Mapping[str, Any], name: str) -> Decimal:
+    return parse_quantity(resources.get(name, 0))
+
+
+def _condition(status: Mapping[str, Any], name: str) -> str:
+    found = [each for each in status.get("conditions") or [] if each.get("type") == name]
+    return str(found[0].get("status", "Unknown")) if found else "Unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentState:
+    """How far a Deployment's controller has come; `is_current` is false while it has not seen the latest spec."""
+
+    node_type: str
+    is_current: bool
+    desired: int
+    replicas: int
+    updated: int
+    ready: int
+    available: int
+    is_past_deadline: bool
+    failure: str
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that was asked for runs, and nothing else."""
+        exact = self.updated == self.replicas == self.desired
+        return self.is_current and exact and self.available >= self.desired
+
+
+def observe_deployment(manifest: Mapping[str, Any]) -> DeploymentState:
+    """Read a Deployment."""
+    status = manifest.get("status") or {}
+    metadata = manifest["metadata"]
+    conditions = {each["type"]: each for each in status.get("conditions") or []}
+    is_current = status.get("observedGeneration", 0) >= metadata.get("generation", 0)
+    past = conditions.get("Progressing", {}).get("reason") == "ProgressDeadlineExceeded"
+    failed = conditions.get("ReplicaFailure", {})
+    return DeploymentState(
+        node_type=metadata.get("labels", {}).get(NODE_TYPE_LABEL, ""),
+        is_current=is_current,
+        desired=manifest["spec"].get("replicas", 1),
+        replicas=status.get("replicas", 0),
+        updated=status.get("updatedReplicas", 0),
+        ready=status.get("readyReplicas", 0),
+        available=status.get("availableReplicas", 0),
+        is_past_deadline=is_current and past,
+        failure=str(failed.get("message", "")) if failed.get("status") == "True" else "",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PodState:
+    """Why an engine pod does not run, if it does not: `problem` is empty while all is well."""
+
+    name: str
+    node_type: str
+    is_unschedulable: bool
+    problem: str
+
+
+def observe_pod(manifest: Mapping[str, Any]) -> PodState:
+    """Read an engine pod."""
+    status = manifest.get("status") or {}
+    conditions = {each["type"]: each for each in status.get("conditions") or []}
+    scheduled = conditions.get("PodScheduled", {})
+    is_unschedulable = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
+    problem = f"cannot be scheduled: {scheduled.get('message', '')}" if is_unschedulable else _container_problem(status)
+    metadata = manifest["metadata"]
+    return PodState(
+        name=metadata["name"],
+        node_type=metadata.get("labels", {}).get(NODE_TYPE_LABEL, ""),
+        is_unschedulable=is_unschedulable and "deletionTimestamp" not in metadata,
+        problem=problem if "deletionTimestamp" not in metadata else "",
+    )
+
+
+_STARTING = frozenset({"ContainerCreating", "PodInitializing", ""})
+
+
+def _container_problem(status: Mapping[str, Any]) -> str:
+    containers = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+    for container in containers:
+        waiting = container.get("state", {}).get("waiting", {})
+        if waiting.get("reason", "") in _STARTING:
+            continue
+        last = container.get("lastState", {}).get("terminated", {})
+        said = str(last.get("message") or waiting.get("message") or "").strip()
+        code = f" (exit code {last['exitCode']})" if "exitCode" in last else ""
+        return f"{waiting['reason']}{code}{': ' + said if said else ''}"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGeometry:
+    """The model's geometry as far as it is known.
+
+    geometry: None while it cannot be read from here
+    problem:  why it is None, in a sentence
+    is_unsupported: the engine cannot serve this model at all
+    """
+
+    geometry: Geometry | None = None
+    problem: str = ""
+    is_unsupported: bool = False
+
+
+@dataclass(frozen=True)
+class Running:
+    """What runs already, as far as it bears on a plan.
+
+    node_types:     node types on which the resource has a Deployment
+    serving:        those of them with a ready pod
+    stuck:          those of them with a pod that cannot be scheduled
+    num_in_use:     node type -> replicas of all resources that Octavo runs there
+    """
+
+    node_types: frozenset[str] = frozenset()
+    serving: frozenset[str] = frozenset()
+    stuck: frozenset[str] = frozenset()
+    num_in_use: Mapping[str, int] = field(default_factory=dict)

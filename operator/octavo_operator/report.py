@@ -1,0 +1,96 @@
+"""A plan and the observed children -> the resource's status. Pure."""
+
+from collections.abc import Sequence
+
+from octavo_operator.api import (
+    Condition,
+    InferenceServiceStatus,
+    MemoryPlan,
+    PlanStatus,
+    Prediction,
+    RejectedStatus,
+    VariantStatus,
+)
+from octavo_operator.observe import DeploymentState, Key
+from octavo_operator.plan import Plan, Variant
+from octavo_operator.render import label_selector, service_url
+
+# A status is for reading; a cluster with thousands of tainted nodes does not fit into one.
+_MAX_REJECTED = 50
+
+
+def make_status(
+    key: Key,
+    generation: int,
+    plan: Plan | None,
+    deployments: Sequence[DeploymentState],
+    conditions: list[Condition],
+    *,
+    has_service: bool,
+) -> InferenceServiceStatus:
+    """The whole status, made anew."""
+    return InferenceServiceStatus(
+        observed_generation=generation,
+        conditions=conditions,
+        plan=plan_status(plan) if plan else None,
+        hardware=(plan.hardware if plan else None) or None,
+        replicas=sum(each.replicas for each in deployments),
+        ready_replicas=sum(each.ready for each in deployments),
+        selector=label_selector(key),
+        url=service_url(key) if has_service else None,
+    )
+
+
+def plan_status(plan: Plan) -> PlanStatus:
+    """The plan as status.plan shows it, and as `octavo plan` prints it."""
+    rejected = [RejectedStatus(node_type=each.node_type, why=each.why) for each in plan.rejected[:_MAX_REJECTED]]
+    return PlanStatus(
+        hash=plan.hash,
+        variants=[_variant_status(each) for each in plan.variants],
+        rejected=rejected or None,
+    )
+
+
+def _variant_status(variant: Variant) -> VariantStatus:
+    config = variant.config
+    capacity = variant.capacity
+    return VariantStatus(
+        node_type=variant.node_type.name,
+        product=variant.node_type.product or "CPU",
+        arch=variant.node_type.arch,
+        replicas=variant.replicas,
+        image=variant.image,
+        kernel_variant=variant.node_type.hardware.kernel_variant,
+        dtype=None if config.dtype == "auto" else config.dtype,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        kv_blocks=capacity.num_kv_blocks if capacity else None,
+        memory=_memory(variant),
+        predicted=_prediction(variant),
+        why=variant.why,
+    )
+
+
+def _memory(variant: Variant) -> MemoryPlan | None:
+    capacity = variant.capacity
+    if capacity is None:
+        return None
+    return MemoryPlan(
+        weights=capacity.weight_bytes,
+        kv=capacity.kv_bytes,
+        activations=capacity.activation_bytes,
+        runtime=capacity.runtime_bytes,
+        reserve=variant.reserve_bytes,
+    )
+
+
+def _prediction(variant: Variant) -> Prediction | None:
+    capacity = variant.capacity
+    if capacity is None:
+        return None
+    return Prediction(
+        decode_ms=round(capacity.predicted_decode_ms, 2),
+        decode_tokens_per_second=round(capacity.max_num_seqs / capacity.predicted_decode_ms * 1e3),
+        prefill_tokens_per_second=round(capacity.predicted_prefill_tokens_per_s),
+    )
