@@ -1,7 +1,6 @@
 import math
 
 import pytest
-
 from octavo_engine.bench.client import RequestResult
 from octavo_engine.bench.measurement import (
     Goal,
