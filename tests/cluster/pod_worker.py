@@ -80,10 +80,12 @@ class PodReporter:
             try:
                 await self._host.client.patch(pod_path(self._pod, "/status"), body)
             except ApiError as error:
-                if not error.is_temporary:
-                    if error.status not in {404, 409}:
-                        logger.error("pod=%s: status refused: %s", pod_name(self._pod), error)
+                if error.status == 404 or (error.status == 409 and "Precondition" in str(error)):
                     return False
+                if not error.is_temporary and error.status != 409:
+                    logger.error("pod=%s: status refused: %s", pod_name(self._pod), error)
+                    self._sent = status
+                    return True
             except UNREACHABLE as error:
                 logger.debug("pod=%s: status not written: %s", pod_name(self._pod), error)
             else:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from addresses import PodAddresses
+from binaries import KUBERNETES_VERSION
 from container import BackOff, timestamp
 from guard import Guard
 from kube_client import UNREACHABLE, ApiError, KubeClient, Manifest
@@ -87,7 +88,7 @@ class NodeSpec:
             "architecture": self.architecture,
             "operatingSystem": "linux",
             "kernelVersion": os.uname().release,
-            "kubeletVersion": "v1.34.4",
+            "kubeletVersion": KUBERNETES_VERSION,
             "osImage": "hollow node" if self.is_hollow else "process node",
             "containerRuntimeVersion": "hollow://1" if self.is_hollow else "process://1",
             "bootID": "",

@@ -1,12 +1,15 @@
 """The control plane is the real one: version, validation, apply, garbage collection, controllers."""
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import binaries
 import pytest
 from api_objects import ApiObjects, eventually
 from control_plane import ControlPlane, process_ids_of
@@ -122,30 +125,61 @@ def test_a_deployment_rolls(objects: ApiObjects, namespace: str, hollow_nodes: H
     assert sorted(one["spec"]["replicas"] for one in sets) == [0, 2]
 
 
-def test_takes_up_a_kept_state_again(control_plane: ControlPlane, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    with ControlPlane(state, control_plane.programs) as first:
-        Kubectl(first.kubectl, first.kubeconfig)("create", "configmap", "kept")
-    with ControlPlane(state, control_plane.programs) as second:
-        assert "kept" in Kubectl(second.kubectl, second.kubeconfig)("get", "configmaps", "-o", "name")
-    assert process_ids_of(state) == []
-
-
-@pytest.mark.parametrize("ending", ["eof", "sigint", "sigkill"])
-def test_up_leaves_no_process_however_it_ends(control_plane: ControlPlane, tmp_path: Path, ending: str) -> None:
-    state = tmp_path / "state"
+@contextlib.contextmanager
+def started(state: Path) -> Iterator[subprocess.Popen[str]]:
+    """up.py as a user starts it, with its kubeconfig printed."""
     with subprocess.Popen(
         [sys.executable, str(UP), "--keep-state", str(state), "--until-eof"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     ) as up:  # fmt: skip
         assert up.stdout is not None
-        assert up.stdin is not None
         assert up.stdout.readline().strip() == str(state / "kubeconfig")
-        assert len(process_ids_of(state)) > 4
-        if ending == "eof":
-            up.stdin.close()
-        else:
-            up.send_signal(signal.SIGINT if ending == "sigint" else signal.SIGKILL)
-        return_code = up.wait(20)
-    assert return_code == (-signal.SIGKILL if ending == "sigkill" else 0)
+        yield up
+        up.wait(20)
+
+
+def sleeper(state: Path) -> dict[str, Any]:
+    """A pod whose process can be told by the state folder in its command line."""
+    command = ["sh", "-c", "sleep 600; exit", str(state)]
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "sleeper", "namespace": "default"},
+        "spec": {"containers": [{"name": "main", "image": "none", "command": command}]},
+    }
+
+
+def restarts_of_the_running_sleeper(kubectl: Kubectl) -> str:
+    status = "{.status.containerStatuses[0]}"
+    found = json.loads(kubectl("get", "pod", "sleeper", "-o", f"jsonpath={status}") or "{}")
+    return str(found["restartCount"]) if "running" in found.get("state", {}) else ""
+
+
+def test_up_goes_on_from_a_kept_state_and_leaves_no_process(control_plane: ControlPlane, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    kubectl = Kubectl(control_plane.kubectl, state / "kubeconfig")
+    with started(state) as up:
+        kubectl("apply", "-f", "-", manifests=[sleeper(state)])
+        eventually(lambda: restarts_of_the_running_sleeper(kubectl) == "0", "the pod runs")
+        address = kubectl("get", "pod", "sleeper", "-o", "jsonpath={.status.podIP}")
+        assert up.stdin is not None
+        up.stdin.close()
+    assert up.returncode == 0
+    assert process_ids_of(state) == []
+    with started(state) as up:
+        eventually(lambda: restarts_of_the_running_sleeper(kubectl) == "1", "the pod runs again")
+        assert kubectl("get", "pod", "sleeper", "-o", "jsonpath={.status.podIP}") == address
+        up.send_signal(signal.SIGINT)
+    assert up.returncode == 0
+    assert process_ids_of(state) == []
+
+
+def test_up_leaves_no_process_when_it_is_killed(control_plane: ControlPlane, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    kubectl = Kubectl(control_plane.kubectl, state / "kubeconfig")
+    with started(state) as up:
+        kubectl("apply", "-f", "-", manifests=[sleeper(state)])
+        eventually(lambda: restarts_of_the_running_sleeper(kubectl) == "0", "the pod runs")
+        assert len(process_ids_of(state)) > len(binaries.COMPONENTS)
+        up.kill()
     eventually(lambda: process_ids_of(state) == [], "every process is gone")
