@@ -80,7 +80,7 @@ class PodReporter:
             try:
                 await self._host.client.patch(pod_path(self._pod, "/status"), body)
             except ApiError as error:
-                if error.status == 404 or (error.status == 409 and "Precondition" in str(error)):
+                if error.status == 404 or "metadata.uid" in str(error):
                     return False
                 if not error.is_temporary and error.status != 409:
                     logger.error("pod=%s: status refused: %s", pod_name(self._pod), error)
