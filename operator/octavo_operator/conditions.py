@@ -19,7 +19,7 @@ _MAX_MESSAGE = 2000
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What stopped this pass before its end; `is_final`: the same would happen again until somebody changes something."""
+    """What stopped this pass before its end; `is_final`: it would happen again until somebody changes something."""
 
     reason: str
     message: str
@@ -97,7 +97,7 @@ def _unfinished(plan: Plan, deployments: Sequence[DeploymentState], pods: Sequen
         trouble = _trouble(state, [pod for pod in pods if pod.node_type == name])
         if state.is_complete and state.desired == variant.replicas:
             continue
-        progress = f"{state.available} of {variant.replicas} replicas ready on {name}, {state.updated} of them up to date"
+        progress = f"{state.available} of {variant.replicas} replicas ready on {name}, {state.updated} up to date"
         if state.is_past_deadline:
             text = f"no progress for {variant.deadline_s} s: {progress}{trouble}"
             return Verdict("stalled", "ProgressDeadlineExceeded", text)

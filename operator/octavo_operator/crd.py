@@ -1,4 +1,4 @@
-"""Generates the CustomResourceDefinition from `api.py`: `python -m octavo_operator.crd` writes crds/ and the chart's copy.
+"""Generates the CustomResourceDefinition from `api.py`: `python -m octavo_operator.crd` writes crds/ and the chart.
 
 A structural schema without defaults, CEL rules instead of webhooks, and a description on every field, so that
 `kubectl explain` teaches.
@@ -153,7 +153,7 @@ def crd_yaml() -> str:
 
 
 def chart_yaml() -> str:
-    """The chart's copy: installed on demand, and kept when the release goes, since deleting a CRD deletes its resources."""
+    """The chart's copy: installed on demand, and kept when the release goes, since the resources would go with it."""
     manifest = custom_resource_definition()
     manifest["metadata"]["annotations"] = {"helm.sh/resource-policy": "keep"}
     body = _dump(manifest).replace("{{", '{{ "{{" }}')

@@ -56,7 +56,8 @@ class KeyQueue:
         """Have a key that failed worked on after a delay that doubles each time. Returns the delay."""
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
-        delay_s = min(self._max_delay_s, self._base_delay_s * 2 ** min(failures, 30)) * self._rng.uniform(0.75, 1.25)
+        doubled: float = self._base_delay_s * 2.0 ** min(failures, 30)
+        delay_s = min(self._max_delay_s, doubled) * self._rng.uniform(0.75, 1.25)
         self.add_after(key, delay_s)
         return delay_s
 

@@ -32,6 +32,7 @@ class ObjectStore:
         self._objects: dict[str, dict[Key, Manifest]] = defaultdict(dict)
         self._children: dict[Key, dict[tuple[str, str], Manifest]] = defaultdict(dict)
         self._nodes: dict[str, ObservedNode] = {}
+        self._node_versions: dict[str, int] = {}
         self._deleted: dict[str, int] = {}
 
     def put(self, kind: Kind, manifest: Manifest) -> bool:
@@ -85,27 +86,32 @@ class ObjectStore:
     def put_node(self, manifest: Manifest) -> bool:
         """Take in a Node. Returns whether a plan could tell the difference: heartbeats do not count."""
         node = observe_node(manifest)
-        if self._nodes.get(node.name) == node:
+        if self._node_versions.get(node.name, -1) >= resource_version(manifest):
             return False
+        self._node_versions[node.name] = resource_version(manifest)
+        changed = self._nodes.get(node.name) != node
         self._nodes[node.name] = node
-        return True
+        return changed
 
     def remove_node(self, name: str) -> bool:
         """A Node is gone. Returns whether it was known."""
+        self._node_versions.pop(name, None)
         return self._nodes.pop(name, None) is not None
 
-    def replace_nodes(self, manifests: Sequence[Manifest]) -> bool:
+    def replace_nodes(self, manifests: Sequence[Manifest], list_version: int) -> bool:
         """Take in all Nodes. Returns whether a plan could tell the difference."""
-        nodes = {node.name: node for node in map(observe_node, manifests)}
-        changed = nodes != self._nodes
-        self._nodes = nodes
-        return changed
+        changes = [self.put_node(each) for each in manifests]
+        listed = {each["metadata"]["name"] for each in manifests}
+        gone = [name for name, version in self._node_versions.items() if name not in listed and version <= list_version]
+        for name in gone:
+            self.remove_node(name)
+        return any(changes) or bool(gone)
 
     def resource(self, key: Key) -> Manifest | None:
         """The InferenceService."""
         return self._objects[INFERENCE_SERVICE.name].get(key)
 
-    def keys(self) -> list[Key]:
+    def resource_keys(self) -> list[Key]:
         """All InferenceServices."""
         return list(self._objects[INFERENCE_SERVICE.name])
 

@@ -1,0 +1,308 @@
+"""One pass over one resource: observe -> plan -> apply -> report, the whole of it on every trigger.
+
+Nothing is remembered between two passes but what can be observed, and each step can be repeated, so a pass may end
+anywhere: the next one continues from what is there.
+"""
+
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from octavo_operator.api import API_VERSION, KIND, Condition, InferenceService, InferenceServiceStatus
+from octavo_operator.apiserver import (
+    CHILD_KINDS,
+    CONFIG_MAP,
+    DEPLOYMENT,
+    EVENT,
+    INFERENCE_SERVICE,
+    KINDS,
+    POD,
+    SERVICE,
+    SERVICE_ACCOUNT,
+    UNREACHABLE,
+    ApiServer,
+    Kind,
+    own_identity,
+)
+from octavo_operator.conditions import Failure, invalid_spec_conditions, make_conditions
+from octavo_operator.errors import ApiError, NameConflictError
+from octavo_operator.metrics import Metrics
+from octavo_operator.modelgeometry import GeometryReader
+from octavo_operator.objectstore import ObjectStore
+from octavo_operator.observe import SERVICE_LABEL, Key, Manifest, key_of, observe_deployment, observe_pod
+from octavo_operator.plan import Defaults, Plan, make_plan, model_address, wanted_replicas
+from octavo_operator.render import MANIFEST_HASH, Owner, differs, remembered_geometry, render
+from octavo_operator.report import make_status
+
+logger = logging.getLogger(__name__)
+
+_MAX_NOTE = 1000
+
+
+def utc_now() -> datetime:
+    """The clock of a running operator."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass knows of its resource; `previous` is the status that the resource has."""
+
+    key: Key
+    uid: str
+    generation: int
+    manifest: Manifest
+    previous: Manifest
+
+    @property
+    def conditions(self) -> list[Condition]:
+        """The conditions as they were; those that do not read are no conditions of ours."""
+        found = []
+        for each in self.previous.get("conditions") or []:
+            try:
+                found.append(Condition.model_validate(each))
+            except ValidationError:
+                logger.debug("condition=%s resource=%s is not one of ours", each, self.key)
+        return found
+
+
+class Reconciler:
+    """Does passes. Several may run at once, for different resources."""
+
+    def __init__(
+        self,
+        api: ApiServer,
+        store: ObjectStore,
+        geometry: GeometryReader,
+        defaults: Defaults,
+        metrics: Metrics,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._api = api
+        self._store = store
+        self._geometry = geometry
+        self._defaults = defaults
+        self._metrics = metrics
+        self._clock = clock
+        self._identity = own_identity()
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Make the cluster be what the resource asks for, as far as one pass can.
+
+        Returns seconds after which to look again even if nothing happens, or None.
+        Raises ApiError and `apiserver.UNREACHABLE` where the pass has to be repeated soon.
+        """
+        manifest = self._store.resource(key)
+        if manifest is None or "deletionTimestamp" in manifest["metadata"]:
+            # The garbage collector deletes the children; making them again would only be in its way.
+            return None
+        metadata = manifest["metadata"]
+        current = Pass(key, metadata["uid"], metadata.get("generation", 0), manifest, manifest.get("status") or {})
+        try:
+            service = InferenceService.model_validate(manifest)
+        except ValidationError as error:
+            await self._report_invalid(current, _explain(error))
+            return None
+        return await self._reconcile(current, service)
+
+    async def _reconcile(self, current: Pass, service: InferenceService) -> float | None:
+        plan, is_geometry_open = await self._plan(current, service)
+        owner = Owner(current.key, current.uid)
+        desired = [] if service.spec.plan_only else render(owner, service.spec, plan)
+        failure: Failure | None = None
+        problem: Exception | None = None
+        try:
+            await self._apply(current, desired)
+            await self._prune(current, service, plan, desired)
+        except NameConflictError as error:
+            failure = Failure("NameConflict", str(error), is_final=True)
+        except ApiError as error:
+            failure = Failure("RejectedByApiServer" if error.is_final else "ApplyFailed", str(error), error.is_final)
+            problem = None if error.is_final else error
+        await self._report(current, service, plan, failure)
+        if problem is not None:
+            raise problem
+        return self._geometry.retry_s if is_geometry_open else None
+
+    async def _plan(self, current: Pass, service: InferenceService) -> tuple[Plan, bool]:
+        """The plan, and whether the geometry is worth asking for again."""
+        address = model_address(service.spec)
+        model = await self._geometry.read(address)
+        is_open = model.geometry is None and not model.is_unsupported
+        if is_open:
+            config_maps = self._store.children(current.key, CONFIG_MAP)
+            model = replace(model, geometry=remembered_geometry(config_maps, address))
+        running = self._store.running(current.key)
+        return make_plan(service.spec, self._store.nodes(), model, self._defaults, running), is_open
+
+    async def _apply(self, current: Pass, desired: Sequence[Manifest]) -> None:
+        """Write those objects that are missing or that are not as they should be."""
+        created: list[str] = []
+        updated: list[str] = []
+        try:
+            for manifest in desired:
+                kind = KINDS[manifest["kind"]]
+                name = manifest["metadata"]["name"]
+                live = self._store.child(current.key, kind, name) or await self._foreign(current, kind, name)
+                if live is not None and not needs_apply(manifest, live):
+                    continue
+                answer = await self._api.apply(manifest)
+                self._metrics.writes.labels("apply", kind.name).inc()
+                self._store.put(kind, answer)
+                (updated if live is not None else created).append(f"{kind.name} {name}")
+        finally:
+            for reason, names in (("Created", created), ("Updated", updated)):
+                if names:
+                    await self._tell(current, reason, ", ".join(names))
+
+    async def _foreign(self, current: Pass, kind: Kind, name: str) -> Manifest | None:
+        """An object that has a child's name and is not known as a child: ours after all, nobody's, or a conflict."""
+        found = await self._api.get(kind, Key(current.key.namespace, name))
+        if found is None:
+            return None
+        owners = [each.get("uid") for each in found["metadata"].get("ownerReferences") or []]
+        if current.uid in owners or (not owners and found["metadata"].get("labels", {}).get(SERVICE_LABEL)):
+            return found
+        raise NameConflictError(
+            f"{kind.name} {name} exists already and does not belong to this InferenceService: "
+            "delete it, or give the InferenceService another name"
+        )
+
+    async def _prune(
+        self, current: Pass, service: InferenceService, plan: Plan, desired: Sequence[Manifest]
+    ) -> None:
+        """Delete what is ours and no longer wanted."""
+        wanted = {(each["kind"], each["metadata"]["name"]) for each in desired}
+        if not service.spec.plan_only and wanted_replicas(service.spec):
+            wanted |= self._still_serving(current.key, plan)
+        deleted = []
+        # Deployments go first: their pods use the rest.
+        for kind in reversed(CHILD_KINDS):
+            for live in self._store.children(current.key, kind):
+                metadata = live["metadata"]
+                owners = [each.get("uid") for each in metadata.get("ownerReferences") or []]
+                if (kind.name, metadata["name"]) in wanted or current.uid not in owners:
+                    continue
+                if "deletionTimestamp" in metadata:
+                    continue
+                await self._api.delete(kind, key_of(live), metadata["uid"])
+                self._metrics.writes.labels("delete", kind.name).inc()
+                deleted.append(f"{kind.name} {metadata['name']}")
+        if deleted:
+            await self._tell(current, "Deleted", ", ".join(deleted))
+
+    def _still_serving(self, key: Key, plan: Plan) -> set[tuple[str, str]]:
+        """Objects of variants that are to go but answer requests, while those that replace them do not yet."""
+        states = {each["metadata"]["name"]: observe_deployment(each) for each in self._store.children(key, DEPLOYMENT)}
+        by_type = {state.node_type: state for state in states.values()}
+        planned = {variant.node_type.name: variant.replicas for variant in plan.variants}
+        is_replaced = bool(planned) and all(
+            node_type in by_type and by_type[node_type].available >= replicas for node_type, replicas in planned.items()
+        )
+        if is_replaced:
+            return set()
+        kept = {name for name, state in states.items() if state.ready and state.node_type not in planned}
+        shared = {(SERVICE.name, key.name), (SERVICE_ACCOUNT.name, key.name)} if kept else set()
+        return shared | {(kind.name, name) for kind in (DEPLOYMENT, CONFIG_MAP) for name in kept}
+
+    async def _report_invalid(self, current: Pass, message: str) -> None:
+        states = [observe_deployment(each) for each in self._store.children(current.key, DEPLOYMENT)]
+        conditions = invalid_spec_conditions(message, current.generation, current.conditions, self._now())
+        has_service = self._store.child(current.key, SERVICE, current.key.name) is not None
+        status = make_status(current.key, current.generation, None, states, conditions, has_service=has_service)
+        await self._write_status(current, status)
+
+    async def _report(
+        self, current: Pass, service: InferenceService, plan: Plan, failure: Failure | None
+    ) -> None:
+        deployments = self._store.children(current.key, DEPLOYMENT)
+        states = [observe_deployment(each) for each in deployments if "deletionTimestamp" not in each["metadata"]]
+        pods = [observe_pod(each) for each in self._store.children(current.key, POD)]
+        conditions = make_conditions(
+            service.spec, plan, states, pods, failure, current.generation, current.conditions, self._now()
+        )
+        has_service = self._store.child(current.key, SERVICE, current.key.name) is not None
+        status = make_status(current.key, current.generation, plan, states, conditions, has_service=has_service)
+        await self._write_status(current, status)
+
+    async def _write_status(self, current: Pass, status: InferenceServiceStatus) -> None:
+        """Write the status if it differs from what is there, and tell of a new verdict."""
+        manifest = status.to_manifest()
+        if manifest == current.previous:
+            return
+        answer = await self._api.apply_status(
+            {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                # The uid keeps it from a resource of the same name that came after this one.
+                "metadata": {"name": current.key.name, "namespace": current.key.namespace, "uid": current.uid},
+                "status": manifest,
+            }
+        )
+        self._metrics.writes.labels("status", KIND).inc()
+        if answer is not None:
+            self._store.put(INFERENCE_SERVICE, answer)
+        await self._tell_of_changes(current, status)
+
+    async def _tell_of_changes(self, current: Pass, status: InferenceServiceStatus) -> None:
+        """Events for what the new status says that the old one did not."""
+        plan = status.plan
+        if plan is not None and plan.variants and (current.previous.get("plan") or {}).get("hash") != plan.hash:
+            reasons = "; ".join(f"{each.node_type}: {each.why}" for each in plan.variants)
+            await self._tell(current, "PlanChosen", reasons)
+        ready = status.conditions[0]
+        before = next((each for each in current.conditions if each.type == ready.type), None)
+        if before is None or (before.status, before.reason) != (ready.status, ready.reason):
+            is_stalled = any(each.type == "Stalled" and each.status == "True" for each in status.conditions)
+            await self._tell(current, ready.reason, ready.message, is_warning=is_stalled)
+
+    async def _tell(self, current: Pass, reason: str, note: str, *, is_warning: bool = False) -> None:
+        """A Kubernetes Event, which `kubectl describe` shows. Losing one is no reason to fail a pass."""
+        logger.info("resource=%s event=%s %s", current.key, reason, note)
+        event: Manifest = {
+            "apiVersion": EVENT.api_version,
+            "kind": EVENT.name,
+            "metadata": {"name": f"{current.key.name}.{secrets.token_hex(8)}", "namespace": current.key.namespace},
+            "eventTime": self._clock().isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            "reportingController": "octavo.dev/operator",
+            "reportingInstance": self._identity[:128],
+            "action": "Reconcile",
+            "reason": reason,
+            "type": "Warning" if is_warning else "Normal",
+            "note": note[:_MAX_NOTE],
+            "regarding": {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "name": current.key.name,
+                "namespace": current.key.namespace,
+                "uid": current.uid,
+            },
+        }
+        try:
+            await self._api.create(EVENT, event)
+        except (ApiError, *UNREACHABLE) as error:
+            logger.warning("resource=%s event %s was not written: %s", current.key, reason, error)
+
+    def _now(self) -> str:
+        return self._clock().strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def needs_apply(desired: Manifest, live: Manifest) -> bool:
+    """Whether what we want has changed, or somebody changed a field that is ours."""
+    if "deletionTimestamp" in live["metadata"]:
+        return False
+    annotations: dict[str, Any] = live["metadata"].get("annotations") or {}
+    wanted = desired["metadata"]["annotations"][MANIFEST_HASH]
+    return annotations.get(MANIFEST_HASH) != wanted or differs(desired, live)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem, with its place in the spec."""
+    problem = error.errors()[0]
+    place = ".".join(str(each) for each in problem["loc"])
+    return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
