@@ -221,10 +221,18 @@ class AsyncEngine:
         """Prompts that the engine has not finished."""
         return len(self._requests)
 
+    def now_s(self) -> float:
+        """The engine's clock, on which requests arrive."""
+        return self._clock()
+
     def is_stalled(self) -> bool:
         """Whether work is queued and no step finished for `stall_timeout_s`."""
         last_sign_of_life = max(self._busy_since_s, self._last_step_s)
         return bool(self._requests) and self._clock() - last_sign_of_life > self._config.stall_timeout_s
+
+    def startup_elapsed_s(self) -> float:
+        """How long start-up has taken so far, or took altogether."""
+        return self._clock() - self.started_s if self.ready_after_s is None else self.ready_after_s
 
     def estimate_remaining_s(self) -> float | None:
         """How long the present phase of start-up has left at its pace so far; None where nothing tells."""
