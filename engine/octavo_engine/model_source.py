@@ -1,8 +1,8 @@
 """Where a model's files come from: an address in, files on this machine out.
 
 Addresses: a folder or `file://` folder, a `.gguf` file, `hf://organisation/name[@revision]`, and
-`pkg://python-package/file.gguf` for a file that an installed Python package carries. Torch-free; it knows names of files,
-not what is in them.
+`pkg://python-package/file.gguf` for a file that an installed Python package carries. Torch-free; it knows names of
+files, not what is in them.
 """
 
 import importlib.metadata
@@ -158,7 +158,7 @@ def parse_hub_address(address: str, revision: str | None = None) -> HubRepositor
     name, _, own_revision = address.removeprefix(HUB_SCHEME).partition("@")
     name = name.strip("/")
     if name.count("/") > 1 or not all(name.split("/")):
-        raise ModelSourceError(f"{address}: write {HUB_SCHEME}ORGANISATION/NAME or {HUB_SCHEME}ORGANISATION/NAME@REVISION")
+        raise ModelSourceError(f"{address}: write {HUB_SCHEME}ORGANISATION/NAME, or the same with @REVISION")
     if own_revision and revision and own_revision != revision:
         raise ModelSourceError(f"{address} names the revision {own_revision}, but {revision} was asked for as well")
     return HubRepository(name, own_revision or revision)

@@ -34,5 +34,6 @@ class Attention(nn.Module):
         if step.kv_rows is not None:
             key, value = key[step.kv_rows], value[step.kv_rows]
         write_kv_rows(key, value, kv_cache_layer, step.block_ids, step.offsets)
-        output = run_attention(query, kv_cache_layer, step.plan, scale=self.scale)
-        return self.o_proj(output.view(len(hidden), -1))
+        attended = run_attention(query, kv_cache_layer, step.plan, scale=self.scale)
+        output: torch.Tensor = self.o_proj(attended.view(len(hidden), -1))
+        return output

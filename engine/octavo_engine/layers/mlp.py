@@ -19,4 +19,5 @@ class GatedMlp(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] -> the same."""
-        return self.down_proj(silu_and_mul(self.gate_up_proj(hidden)))
+        output: torch.Tensor = self.down_proj(silu_and_mul(self.gate_up_proj(hidden)))
+        return output

@@ -36,10 +36,7 @@ def read_rope_config(config: Mapping[str, Any], head_dim: int) -> RopeConfig:
 
 
 def _read_scaling(fields: Mapping[str, Any], max_position_embeddings: int) -> RopeScaling:
-    rope_type = fields.get("rope_type") or fields.get("type") or "default"
-    if rope_type not in get_args(RopeType):
-        known = ", ".join(get_args(RopeType))
-        raise UnsupportedModelError(f"config.json: the rope type {rope_type!r} is not supported; supported: {known}")
+    rope_type = _rope_type(fields)
     if rope_type == "default":
         return RopeScaling()
     if rope_type == "factors":
@@ -58,4 +55,15 @@ def _read_scaling(fields: Mapping[str, Any], max_position_embeddings: int) -> Ro
         mscale=fields.get("mscale"),
         mscale_all_dim=fields.get("mscale_all_dim"),
         truncate=bool(fields.get("truncate", True)),
+    )
+
+
+def _rope_type(fields: Mapping[str, Any]) -> RopeType:
+    name = fields.get("rope_type") or fields.get("type") or "default"
+    known: tuple[RopeType, ...] = get_args(RopeType)
+    for rope_type in known:
+        if rope_type == name:
+            return rope_type
+    raise UnsupportedModelError(
+        f"config.json: the rope type {name!r} is not supported; supported: {', '.join(known)}"
     )

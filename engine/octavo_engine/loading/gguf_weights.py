@@ -7,6 +7,7 @@ permutes the rows of the query and key projections; that is undone here.
 import re
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import gguf
 import numpy as np
@@ -16,6 +17,8 @@ from octavo_engine.errors import ModelSourceError, UnsupportedModelError
 from octavo_engine.geometry import Geometry
 from octavo_engine.gguf_file import GgufFile, GgufTensor
 from octavo_engine.loading.weight_source import StoredTensor
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 # GGUF's name of a tensor without its suffix (.weight, .bias) -> Hugging Face's, for the llama architecture.
 TENSOR_NAMES = {
@@ -80,7 +83,7 @@ def hugging_face_name(name: str) -> str:
     return f"{TENSOR_NAMES[stem]}.{suffix}" if stem in TENSOR_NAMES else name
 
 
-def read_tensor(file: GgufFile, tensor: GgufTensor) -> np.ndarray:
+def read_tensor(file: GgufFile, tensor: GgufTensor) -> Floats:
     """Dequantise one tensor to float32 in its own memory.
 
     Raises UnsupportedModelError for a type that cannot be dequantised.
@@ -93,9 +96,12 @@ def read_tensor(file: GgufFile, tensor: GgufTensor) -> np.ndarray:
         return stored.view(np.float16).reshape(tensor.shape).astype(np.float32)
     rows = stored.reshape(*tensor.shape[:-1], -1)
     try:
-        return gguf.dequantize(rows, kind).reshape(tensor.shape)
+        values: Floats = gguf.dequantize(rows, kind).reshape(tensor.shape)
     except NotImplementedError:
-        raise UnsupportedModelError(f"the GGUF tensor {tensor.name} has the type {kind.name}, which is not supported") from None
+        raise UnsupportedModelError(
+            f"the GGUF tensor {tensor.name} has the type {kind.name}, which is not supported"
+        ) from None
+    return values
 
 
 def _type(tensor: GgufTensor) -> gguf.GGMLQuantizationType:

@@ -26,7 +26,16 @@ _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.(attn|self_attn)\.(masked_)
 _MAX_NAMES = 5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """weight_bytes: memory of the parameters; kernels: op -> implementation that was chosen for it."""
+
+    model: Model
+    weight_bytes: int
+    kernels: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Slot:
     """Where one of the checkpoint's tensors goes: rows `start` to `stop` of a module's parameter."""
 
@@ -45,7 +54,7 @@ def load_model(
     on_progress: ProgressCallback,
     *,
     max_model_len: int | None = None,
-) -> Model:
+) -> LoadedModel:
     """Build the model of `files` with its weights in `dtype` on `device`, ready to run.
 
     quantization:  none, or int8 for linear layers with one scale per output channel
@@ -61,7 +70,9 @@ def load_model(
     with torch.device("meta"):
         model = model_class.from_config(geometry, config, max_model_len or geometry.max_position_embeddings)
     fill_parameters(model, source, dtype, device, on_progress)
-    return model.to(device=device).eval()
+    model.to(device=device).eval()
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    return LoadedModel(model, weight_bytes, kernels={"attention": "torch", "linear": "torch"})
 
 
 def fill_parameters(
@@ -85,7 +96,9 @@ def fill_parameters(
     if missing:
         raise UnsupportedModelError(f"the checkpoint lacks {_some(sorted(missing))}")
     if unexpected:
-        raise UnsupportedModelError(f"the checkpoint has tensors that {type(model).__name__} does not: {_some(unexpected)}")
+        raise UnsupportedModelError(
+            f"the checkpoint has tensors that {type(model).__name__} does not: {_some(unexpected)}"
+        )
     on_progress(1.0, "weights loaded")
 
 

@@ -1,7 +1,7 @@
 """The LLaMA family: LLaMA 1 to 3, SmolLM2, TinyLlama, Mistral.
 
-Sources: LLaMA (https://arxiv.org/abs/2302.13971) section 2.2, Mistral 7B (https://arxiv.org/abs/2310.06825) section 2 and
-the fields of their configurations.
+Sources: LLaMA (https://arxiv.org/abs/2302.13971) section 2.2, Mistral 7B (https://arxiv.org/abs/2310.06825) section 2
+and the fields of their configurations.
 """
 
 from collections.abc import Mapping
@@ -58,13 +58,10 @@ class LlamaLayer(nn.Module):
         self.mlp = GatedMlp(size, geometry.intermediate_size, bias=geometry.has_mlp_bias)
 
     def forward(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None, kv_cache_layer: torch.Tensor, step: Step
+        self, hidden: torch.Tensor, residual: torch.Tensor, kv_cache_layer: torch.Tensor, step: Step
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(what to add to the residual stream, residual stream), both [num_tokens, hidden_size]."""
-        if residual is None:
-            residual, hidden = hidden, self.input_layernorm(hidden)
-        else:
-            hidden, residual = self.input_layernorm.add(hidden, residual)
+        hidden, residual = self.input_layernorm.add(hidden, residual)
         hidden = self.self_attn(hidden, kv_cache_layer, step)
         hidden, residual = self.post_attention_layernorm.add(hidden, residual)
         return self.mlp(hidden), residual
@@ -92,11 +89,12 @@ class LlamaDecoder(nn.Module):
         hidden = self.embed_tokens(input_ids)
         cos, sin = self.rotary(positions, hidden.dtype)
         step = prepare_step(cos, sin, kv_cache, metadata, self.sliding_window)
-        residual = None
+        # The residual stream starts empty, so that every layer adds what the one before it computed.
+        residual = torch.zeros_like(hidden)
         for layer, kv_cache_layer in zip(self.layers, kv_cache.unbind(1), strict=True):
             hidden, residual = layer(hidden, residual, kv_cache_layer, step)
-        hidden, _ = self.norm.add(hidden, residual)
-        return hidden
+        normalised: torch.Tensor = self.norm.add(hidden, residual)[0]
+        return normalised
 
 
 @register_model("LlamaForCausalLM", "MistralForCausalLM")

@@ -1,8 +1,8 @@
 """Attention over a paged KV cache: the torch reference op, which is also the CPU kernel.
 
 Requests with the same number of query tokens and about the same context are computed together: their blocks are
-gathered through the block table and handed to torch's fused attention. Which requests, which blocks and which mask is the
-same for every layer, so it is planned once per step.
+gathered through the block table and handed to torch's fused attention. Which requests, which blocks and which mask is
+the same for every layer, so it is planned once per step.
 """
 
 from collections.abc import Iterator, Sequence

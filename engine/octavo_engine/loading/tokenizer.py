@@ -1,0 +1,169 @@
+"""The tokenizer and the chat template of a model, from its folder or from its GGUF file.
+
+The front end uses this, so nothing here imports torch. Encoding and decoding go straight to the Rust tokenizer, which
+may be called from any thread; the `transformers` wrapper around it keeps state between calls and may not.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from octavo_engine.errors import InvalidRequestError, ModelSourceError
+from octavo_engine.geometry import read_geometry
+from octavo_engine.gguf_file import GgufFile
+from octavo_engine.loading.chat_template import ChatTemplate
+from octavo_engine.loading.gguf_tokenizer import special_tokens_of_gguf, tokenizer_from_gguf
+from octavo_engine.loading.text_stream import TextStream
+from octavo_engine.model_source import ModelFiles
+
+# Keys of a GGUF header that name tokens after which a model has finished.
+_GGUF_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+class Tokenizer:
+    """Text to tokens and back."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        chat_template: ChatTemplate | None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._chat_template = chat_template
+        self.eos_token_ids = eos_token_ids
+        self.vocab_size = vocab_size
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `apply_chat_template` can work."""
+        return self._chat_template is not None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The text's tokens; special tokens spelled out in the text count as such."""
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Each text's tokens, computed on several threads."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [list(encoding.ids) for encoding in encodings]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The tokens' text; bytes that are no character become U+FFFD."""
+        return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
+        """A decoder for one sequence whose tokens come one by one."""
+        backend = self._backend
+        return TextStream(lambda token_ids: backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The conversation as the model was trained to read it; encode it without adding special tokens.
+
+        Raises InvalidRequestError if the model has no chat template, or if its template refuses the conversation.
+        """
+        if self._chat_template is None:
+            raise InvalidRequestError(
+                "this model has no chat template: use /v1/completions, or start the server with --chat-template FILE",
+                param="messages",
+                code="no_chat_template",
+            )
+        return self._chat_template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **variables,
+        )
+
+
+def load_tokenizer(files: ModelFiles, chat_template_file: Path | None = None) -> Tokenizer:
+    """The model's tokenizer; `chat_template_file` replaces its own template.
+
+    Raises ModelSourceError if a file is missing or unreadable, UnsupportedModelError for an unknown kind.
+    """
+    backend, special_tokens, template = _from_gguf(files) if files.is_gguf else _from_folder(files)
+    if chat_template_file is not None:
+        template = _read_template(chat_template_file)
+    return Tokenizer(
+        backend,
+        vocab_size=min(read_geometry(files.path).vocab_size, backend.get_vocab_size(with_added_tokens=True)),
+        eos_token_ids=read_eos_token_ids(files),
+        chat_template=ChatTemplate(template, special_tokens) if template else None,
+    )
+
+
+_Parts = tuple[tokenizers.Tokenizer, Mapping[str, str], str | None]
+
+
+def _from_gguf(files: ModelFiles) -> _Parts:
+    metadata = GgufFile(files.path).metadata
+    return tokenizer_from_gguf(metadata), special_tokens_of_gguf(metadata), metadata.get("tokenizer.chat_template")
+
+
+def _from_folder(files: ModelFiles) -> _Parts:
+    from transformers import AutoTokenizer  # its import costs over a second, which a GGUF file need not pay
+
+    try:
+        wrapper = AutoTokenizer.from_pretrained(str(files.path), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelSourceError(f"{files.path} has no tokenizer that can be read: {error}") from None
+    backend = getattr(wrapper, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelSourceError(f"{files.path} has no tokenizer.json, and none can be made from what it has")
+    names = {name: str(token) for name, token in wrapper.special_tokens_map.items() if isinstance(token, str)}
+    template = wrapper.chat_template
+    if isinstance(template, dict):  # several named ones; `default` is for plain chats
+        template = template.get("default")
+    return backend, names, template
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelSourceError(f"cannot read the chat template {file}: {error.strerror}") from None
+
+
+def read_eos_token_ids(files: ModelFiles) -> frozenset[int]:
+    """Tokens after which the model has finished, without loading the tokenizer.
+
+    From the GGUF header; for a folder, what generation_config.json (or else config.json) states, and the tokenizer's
+    own. Chat models often name the end of a turn in only one of these places.
+    """
+    if files.is_gguf:
+        metadata = GgufFile(files.path).metadata
+        stated = [metadata.get(f"tokenizer.ggml.{key}") for key in _GGUF_END_KEYS]
+        return frozenset(token_id for token_id in stated if token_id is not None)
+    for name in ("generation_config.json", "config.json"):
+        if ids := _as_ids(files.read_json(name).get("eos_token_id")):
+            break
+    return ids | _tokenizer_end_ids(files)
+
+
+def _as_ids(value: object) -> frozenset[int]:
+    values = value if isinstance(value, list) else [value]
+    return frozenset(each for each in values if isinstance(each, int))
+
+
+def _tokenizer_end_ids(files: ModelFiles) -> frozenset[int]:
+    """The id of the `eos_token` in tokenizer_config.json, if it is one of the tokenizer's added tokens."""
+    config = files.read_json("tokenizer_config.json")
+    token = config.get("eos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    added = files.read_json("tokenizer.json").get("added_tokens") if content else None
+    if not isinstance(added, list):
+        return frozenset()
+    return frozenset(each["id"] for each in added if each.get("content") == content)
