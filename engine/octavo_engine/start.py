@@ -88,7 +88,7 @@ def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None]) -> Star
         memory_utilization=config.memory_utilization,
     )
     _log_plan(config, device, dtype, capacity)
-    model = load_model(
+    loaded = load_model(
         files,
         geometry,
         dtype=dtype,
@@ -98,15 +98,15 @@ def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None]) -> Star
         on_progress=lambda fraction, text: on_phase(EnginePhase("loading", fraction, text)),
     )
     return Started(
-        model=model,
+        model=loaded.model,
         kv_cache=allocate_kv_cache(geometry, capacity, kv_dtype, device.torch_device),
         device=device,
         geometry=geometry,
         capacity=capacity,
         eos_token_ids=frozenset(read_eos_token_ids(files)),
         enable_prefix_caching=config.enable_prefix_caching,
-        actual_weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
-        kernels={"attention": "torch", "linear": "torch"},
+        actual_weight_bytes=loaded.weight_bytes,
+        kernels=loaded.kernels,
     )
 
 
