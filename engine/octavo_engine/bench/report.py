@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from octavo_engine.bench.ceilings import Ceilings
 from octavo_engine.bench.machine import Machine
 from octavo_engine.bench.measurement import Distribution, Spread
 from octavo_engine.bench.serving import Repeat, ServingPlan
@@ -59,6 +60,17 @@ def print_serving(console: Console, label: str, plan: ServingPlan, repeats: Sequ
     console.print(f"output tokens/s: {spread_text(Spread.of(rates))}")
     for error in {repeat.measurement.first_error for repeat in repeats} - {None}:
         console.print(f"[red]error:[/red] {error}", highlight=False)
+
+
+def print_ceilings(console: Console, ceilings: Ceilings) -> None:
+    """The read rate, then a row per matrix multiplication."""
+    console.print(f"{ceilings.num_threads} threads read memory at {ceilings.read_gb_s:.1f} GB/s", highlight=False)
+    table = Table()
+    for heading in ("dtype", "rows", "GFLOP/s", "weights GB/s"):
+        table.add_column(heading, justify="left" if heading == "dtype" else "right")
+    for rate in ceilings.gemm:
+        table.add_row(rate.dtype, str(rate.num_rows), f"{rate.gflops:.1f}", f"{rate.weights_gb_s:.1f}")
+    console.print(table)
 
 
 def spread_text(spread: Spread, digits: int = 1) -> str:

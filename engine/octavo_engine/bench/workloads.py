@@ -117,15 +117,18 @@ def make_requests(
     num_requests: int | None = None,
     vocab_size: int = DEFAULT_VOCAB_SIZE,
     requests_per_second: float | None = None,
+    prompt_seed: int | None = None,
 ) -> list[BenchRequest]:
     """The workload's requests in order of arrival.
 
     Without `requests_per_second` all arrive at 0; with it, arrivals are a Poisson process that starts at 0.
+    With `prompt_seed`, lengths and arrivals are those of `seed`, but the prompts' ids are others.
     """
     count = workload.num_requests if num_requests is None else num_requests
     first = FIRST_TOKEN_ID if vocab_size > 2 * FIRST_TOKEN_ID else 0
-    prefix = np.random.default_rng([seed, _PREFIX_STREAM]).integers(first, vocab_size, workload.num_prefix_tokens)
-    rng = np.random.default_rng([seed, _PROMPTS_STREAM])
+    ids_seed = seed if prompt_seed is None else prompt_seed
+    prefix = np.random.default_rng([ids_seed, _PREFIX_STREAM]).integers(first, vocab_size, workload.num_prefix_tokens)
+    rng = np.random.default_rng([ids_seed, _PROMPTS_STREAM])
     arrivals = poisson_arrivals(requests_per_second, count, seed) if requests_per_second else [0.0] * count
     requests = []
     for (num_input, num_output), arrival_s in zip(make_lengths(workload, seed, count), arrivals, strict=True):

@@ -1,0 +1,90 @@
+"""The two comparisons of `octavo bench batching`: run, show, record, draw."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from octavo_engine.bench import batching_report, local_server, plots
+from octavo_engine.bench.allocation import CacheShape, allocate_blocks, reserve_exactly, reserve_maximum
+from octavo_engine.bench.batching import run_continuous, run_static
+from octavo_engine.bench.client import Endpoint
+from octavo_engine.bench.machine import describe_machine
+from octavo_engine.bench.report import append_json_lines
+from octavo_engine.bench.serving import find_endpoint
+from octavo_engine.bench.workloads import make_lengths, make_requests, named
+
+_WORKLOAD = named("sharegpt")
+_NUM_SIMULATED_REQUESTS = 1000
+_WARM_UP_SEED = 1 << 31
+
+
+def compare_allocation(
+    cache_tokens: int, max_model_len: int, seed: int, plots_folder: Path | None, output: Path | None
+) -> None:
+    """Blocks on demand against reservation, in the same bytes of KV cache."""
+    cache = CacheShape(cache_tokens, max_model_len=max_model_len)
+    lengths = make_lengths(_WORKLOAD, seed, _NUM_SIMULATED_REQUESTS)
+    blocks, reserved = allocate_blocks(lengths, cache), reserve_maximum(lengths, cache)
+    foreseen = reserve_exactly(lengths, cache)
+    batching_report.print_allocation(Console(), cache, blocks, reserved, foreseen)
+    if plots_folder:
+        title = f"One KV cache of {cache.num_tokens} tokens, {_NUM_SIMULATED_REQUESTS} ShareGPT-like requests waiting"
+        plots.plot_allocation(plots_folder / "batching-memory.svg", blocks, reserved, foreseen, title)
+    if output:
+        results = (("blocks", blocks), ("reserve-maximum", reserved), ("reserve-exactly", foreseen))
+        records = [batching_report.allocation_record(name, cache, seed, result) for name, result in results]
+        append_json_lines(output, records)
+
+
+def compare_batching(
+    endpoint: Endpoint,
+    batch_size: int,
+    num_requests: int,
+    seed: int,
+    time_limit_s: float,
+    plots_folder: Path | None,
+    output: Path | None,
+) -> None:
+    """Continuous against static batching of the server at `endpoint`."""
+    requests = make_requests(_WORKLOAD, seed, num_requests=num_requests)
+    warm_up = make_requests(_WORKLOAD, _WARM_UP_SEED, num_requests=2)
+    run_continuous(endpoint, warm_up, batch_size, time_limit_s)
+    continuous = run_continuous(endpoint, requests, batch_size, time_limit_s)
+    # Prompts of their own, of equal lengths: what the first run left in the prefix cache must not help the second.
+    others = make_requests(_WORKLOAD, seed, num_requests=num_requests, prompt_seed=seed + 1)
+    static = run_static(endpoint, others, batch_size, time_limit_s)
+    batching_report.print_batching(Console(), batch_size, continuous, static)
+    if plots_folder:
+        title = f"{num_requests} ShareGPT-like requests, {batch_size} at once, {endpoint.model} on the CPU"
+        plots.plot_batching(plots_folder / "batching-latency.svg", continuous, static, title)
+    if output:
+        machine = asdict(describe_machine())
+        append_json_lines(
+            output,
+            [
+                {**batching_report.batching_record(name, endpoint.model, batch_size, seed, result), "machine": machine}
+                for name, result in (("continuous", continuous), ("static", static))
+            ],
+        )
+
+
+@contextlib.contextmanager
+def serving_endpoint(
+    model: str | None, url: str | None, batch_size: int, max_model_len: int
+) -> Iterator[Endpoint]:
+    """The server at `url`, or one that serves `model` until the block ends."""
+    if url or not model:
+        yield find_endpoint(url or "", None, allow_remote=False, api_key=None)
+        return
+    port = local_server.free_port()
+    flags = ["--max-num-seqs", str(batch_size), "--max-model-len", str(max_model_len)]
+    command = local_server.octavo_command(model, port, flags)
+    with (
+        tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder,
+        local_server.running(command, port, Path(folder) / "server.log") as server,
+    ):
+        yield find_endpoint(server.url, None, allow_remote=False, api_key=None)
