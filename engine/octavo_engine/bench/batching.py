@@ -1,13 +1,14 @@
 """Continuous against static batching of one and the same server.
 
-Both policies keep at most `batch_size` requests in the server. Continuous: the next request takes the place of each one
+Every policy keeps at most `batch_size` requests in the server. Continuous: the next request takes the place of each one
 that ends. Static, the baseline: `batch_size` requests start together, and the next ones start when the last has ended;
-answers are handed out then. The server stops computing a request at its end in both, which favours the baseline: a
-classic static batch pads every request to the longest. Source of the comparison: Orca (OSDI 2022).
+answers are handed out then. There are two of it. Padded, as static batching engines do it: every row is computed until
+the longest one ends. Shrinking: a request's row goes when it ends, which is more than such engines do and favours the
+baseline wherever a smaller batch makes a faster step. Source of the comparison: Orca (OSDI 2022).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import uvloop
@@ -62,28 +63,37 @@ def run_continuous(
     endpoint: Endpoint, requests: Sequence[BenchRequest], batch_size: int, time_limit_s: float
 ) -> BatchingResult:
     """Keep the server full; each answer is out when its own last token is."""
-    results = uvloop.run(run_closed(endpoint, requests, batch_size, time_limit_s))
-    return _to_result([results], answers_together=False)
+    results = _checked(uvloop.run(run_closed(endpoint, requests, batch_size, time_limit_s)))
+    served = tuple(Served(result.num_output_tokens, result.end_s - result.start_s) for result in results)
+    return BatchingResult(max(result.end_s for result in results), served)
 
 
 def run_static(
-    endpoint: Endpoint, requests: Sequence[BenchRequest], batch_size: int, time_limit_s: float
+    endpoint: Endpoint, requests: Sequence[BenchRequest], batch_size: int, time_limit_s: float, *, is_padded: bool
 ) -> BatchingResult:
-    """Batch by batch; each answer is out when its batch's last token is."""
-    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
-    results = [uvloop.run(run_closed(endpoint, batch, len(batch), time_limit_s)) for batch in batches]
-    return _to_result(results, answers_together=True)
-
-
-def _to_result(batches: Sequence[Sequence[RequestResult]], *, answers_together: bool) -> BatchingResult:
-    served, duration_s = [], 0.0
-    for batch in batches:
-        errors = [result.error for result in batch if result.error]
-        if errors:
-            raise OctavoError(f"{len(errors)} requests failed, the first with: {errors[0]}")
-        end_s = max(result.end_s for result in batch)
-        duration_s += end_s - min(result.start_s for result in batch)
-        for result in batch:
-            answered_s = end_s if answers_together else result.end_s
-            served.append(Served(result.num_output_tokens, answered_s - result.start_s))
+    """Batch by batch; each answer is out when its batch's last token is. Tokens of padding do not count."""
+    served: list[Served] = []
+    duration_s = 0.0
+    for batch in (requests[start : start + batch_size] for start in range(0, len(requests), batch_size)):
+        sent = _padded(batch) if is_padded else batch
+        results = _checked(uvloop.run(run_closed(endpoint, sent, len(sent), time_limit_s)))
+        end_s = max(result.end_s for result in results)
+        duration_s += end_s - min(result.start_s for result in results)
+        served += [
+            Served(request.num_output_tokens, end_s - result.start_s)
+            for request, result in zip(batch, results, strict=True)
+        ]
     return BatchingResult(duration_s, tuple(served))
+
+
+def _padded(batch: Sequence[BenchRequest]) -> list[BenchRequest]:
+    """The batch with every answer as long as its longest."""
+    longest = max(request.num_output_tokens for request in batch)
+    return [replace(request, num_output_tokens=longest) for request in batch]
+
+
+def _checked(results: Sequence[RequestResult]) -> Sequence[RequestResult]:
+    errors = [result.error for result in results if result.error]
+    if errors:
+        raise OctavoError(f"{len(errors)} of {len(results)} requests failed, the first with: {errors[0]}")
+    return results

@@ -17,7 +17,9 @@ from octavo_engine.bench.report import append_json_lines
 from octavo_engine.bench.serving import find_endpoint
 from octavo_engine.bench.workloads import make_lengths, make_requests, named
 
-_WORKLOAD = named("sharegpt")
+_SIMULATED_WORKLOAD = named("sharegpt")
+# Halved lengths keep the shape of the distribution, which decides the ratio, and bring the run down to minutes.
+_SERVED_WORKLOAD = named("sharegpt-small")
 _NUM_SIMULATED_REQUESTS = 1000
 _WARM_UP_SEED = 1 << 31
 
@@ -27,7 +29,7 @@ def compare_allocation(
 ) -> None:
     """Blocks on demand against reservation, in the same bytes of KV cache."""
     cache = CacheShape(cache_tokens, max_model_len=max_model_len)
-    lengths = make_lengths(_WORKLOAD, seed, _NUM_SIMULATED_REQUESTS)
+    lengths = make_lengths(_SIMULATED_WORKLOAD, seed, _NUM_SIMULATED_REQUESTS)
     blocks, reserved = allocate_blocks(lengths, cache), reserve_maximum(lengths, cache)
     foreseen = reserve_exactly(lengths, cache)
     batching_report.print_allocation(Console(), cache, blocks, reserved, foreseen)
@@ -50,24 +52,34 @@ def compare_batching(
     output: Path | None,
 ) -> None:
     """Continuous against static batching of the server at `endpoint`."""
-    requests = make_requests(_WORKLOAD, seed, num_requests=num_requests)
-    warm_up = make_requests(_WORKLOAD, _WARM_UP_SEED, num_requests=2)
+    console = Console()
+    warm_up = make_requests(_SERVED_WORKLOAD, _WARM_UP_SEED, num_requests=2)
     run_continuous(endpoint, warm_up, batch_size, time_limit_s)
-    continuous = run_continuous(endpoint, requests, batch_size, time_limit_s)
-    # Prompts of their own, of equal lengths: what the first run left in the prefix cache must not help the second.
-    others = make_requests(_WORKLOAD, seed, num_requests=num_requests, prompt_seed=seed + 1)
-    static = run_static(endpoint, others, batch_size, time_limit_s)
-    batching_report.print_batching(Console(), batch_size, continuous, static)
+    # Prompts of its own for each policy, of equal lengths: what one left in the prefix cache must not help the next.
+    requests, for_padded, for_shrinking = (
+        make_requests(_SERVED_WORKLOAD, seed, num_requests=num_requests, prompt_seed=seed + i) for i in range(3)
+    )
+    with console.status("continuous batching ..."):
+        continuous = run_continuous(endpoint, requests, batch_size, time_limit_s)
+    with console.status("static batching, padded ..."):
+        padded = run_static(endpoint, for_padded, batch_size, time_limit_s, is_padded=True)
+    with console.status("static batching, shrinking ..."):
+        shrinking = run_static(endpoint, for_shrinking, batch_size, time_limit_s, is_padded=False)
+    batching_report.print_batching(console, batch_size, continuous, padded, shrinking)
     if plots_folder:
         title = f"{num_requests} ShareGPT-like requests, {batch_size} at once, {endpoint.model} on the CPU"
-        plots.plot_batching(plots_folder / "batching-latency.svg", continuous, static, title)
+        plots.plot_batching(plots_folder / "batching-latency.svg", continuous, padded, shrinking, title)
     if output:
         machine = asdict(describe_machine())
         append_json_lines(
             output,
             [
                 {**batching_report.batching_record(name, endpoint.model, batch_size, seed, result), "machine": machine}
-                for name, result in (("continuous", continuous), ("static", static))
+                for name, result in (
+                    ("continuous", continuous),
+                    ("static-padded", padded),
+                    ("static-shrinking", shrinking),
+                )
             ],
         )
 

@@ -47,12 +47,18 @@ def print_allocation(
     )
 
 
-def print_batching(console: Console, batch_size: int, continuous: BatchingResult, static: BatchingResult) -> None:
-    """Policies as rows, and the ratio below."""
+def print_batching(
+    console: Console, batch_size: int, continuous: BatchingResult, padded: BatchingResult, shrinking: BatchingResult
+) -> None:
+    """Policies as rows, and the ratios below."""
     table = Table(title=f"{len(continuous.served)} requests, {batch_size} at once, one server", title_justify="left")
     for heading in ("batching", "out tokens/s", "duration s", "short: median s", "short: worst s/token"):
         table.add_column(heading, justify="left" if heading == "batching" else "right")
-    for name, result in (("continuous", continuous), ("static", static)):
+    for name, result in (
+        ("continuous", continuous),
+        ("static, padded", padded),
+        ("static, shrinking", shrinking),
+    ):
         table.add_row(
             name,
             f"{result.output_tokens_per_s:.1f}",
@@ -61,8 +67,14 @@ def print_batching(console: Console, batch_size: int, continuous: BatchingResult
             f"{result.worst_short_s_per_token:.3f}",
         )
     console.print(table)
-    ratio = continuous.output_tokens_per_s / static.output_tokens_per_s
-    console.print(f"continuous batching has {ratio:.2f}x the throughput of static batching", highlight=False)
+    over_padded, over_shrinking = (
+        continuous.output_tokens_per_s / each.output_tokens_per_s for each in (padded, shrinking)
+    )
+    console.print(
+        f"continuous batching has {over_padded:.2f}x the throughput of static batching, "
+        f"and {over_shrinking:.2f}x that of a static batch that shrinks",
+        highlight=False,
+    )
 
 
 def allocation_record(name: str, cache: CacheShape, seed: int, result: AllocationResult) -> dict[str, object]:

@@ -123,7 +123,7 @@ def _choose_workload(name: str | None, input_len: int | None, output_len: int | 
 @click.option("--max-model-len", type=click.IntRange(2048), default=2048, show_default=True,
               help="Longest context: what a reservation sets aside.")
 @click.option("--batch-size", type=click.IntRange(2), default=16, show_default=True, help="Requests at once.")
-@click.option("--num-requests", type=click.IntRange(1), default=64, show_default=True,
+@click.option("--num-requests", type=click.IntRange(1), default=96, show_default=True,
               help="Requests of the comparison with static batching.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--time-limit-s", type=click.FloatRange(1), default=1200.0, show_default=True,

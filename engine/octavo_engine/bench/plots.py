@@ -30,10 +30,16 @@ def plot_allocation(
     _save(figure, axes, path, title)
 
 
-def plot_batching(path: Path, continuous: BatchingResult, static: BatchingResult, title: str) -> None:
+def plot_batching(
+    path: Path, continuous: BatchingResult, padded: BatchingResult, shrinking: BatchingResult, title: str
+) -> None:
     """A point per request: the length of its answer against how long it took in the batch."""
     figure, axes = _figure()
-    for result, colour, label in ((static, _BASELINE, "static"), (continuous, _OURS, "continuous (Octavo)")):
+    for result, colour, label in (
+        (padded, _BASELINE, "static, padded"),
+        (shrinking, _FORESIGHT, "static, shrinking"),
+        (continuous, _OURS, "continuous (Octavo)"),
+    ):
         axes.scatter(
             [each.num_output_tokens for each in result.served],
             [each.latency_s for each in result.served],
@@ -43,7 +49,7 @@ def plot_batching(path: Path, continuous: BatchingResult, static: BatchingResult
             label=f"{label}: {result.output_tokens_per_s:.0f} output tokens/s",
         )
     axes.set_xlim(0, None)
-    axes.set_ylim(0, math.ceil(max(each.latency_s for each in static.served + continuous.served) * 1.05))
+    axes.set_ylim(0, math.ceil(max(each.latency_s for each in padded.served + continuous.served) * 1.05))
     axes.set_xlabel("tokens of the answer")
     axes.set_ylabel("seconds from start to answer")
     _save(figure, axes, path, title)

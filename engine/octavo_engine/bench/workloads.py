@@ -69,13 +69,14 @@ def fixed(num_input_tokens: int, num_output_tokens: int, num_requests: int) -> W
     return Workload(name, what, Lengths(num_input_tokens), Lengths(num_output_tokens), num_requests)
 
 
-def _sharegpt(name: str, what: str, num_requests: int, maximum: int) -> Workload:
-    """Lengths as in ShareGPT's first turns (means 220 in, 205 out). sigma 1.0 in and 0.9 out give their long tails."""
+def _sharegpt(name: str, what: str, num_requests: int, scale: float = 1.0) -> Workload:
+    """Lengths as in ShareGPT's first turns (means 220 in, 205 out), with its long tails, times `scale`."""
+    maximum = round(1024 * scale)
     return Workload(
         name,
         what,
-        input_tokens=Lengths(220, sigma=1.0, minimum=4, maximum=maximum),
-        output_tokens=Lengths(205, sigma=0.9, minimum=4, maximum=maximum),
+        input_tokens=Lengths(220 * scale, sigma=1.0, minimum=4, maximum=maximum),
+        output_tokens=Lengths(205 * scale, sigma=0.9, minimum=4, maximum=maximum),
         num_requests=num_requests,
     )
 
@@ -89,8 +90,8 @@ WORKLOADS: Final[dict[str, Workload]] = {
         Workload("decode", "decode-heavy, 32 in, 512 out", Lengths(32), Lengths(512), 256),
         Workload("prefill", "long prompts, 8192 in, 64 out", Lengths(8192), Lengths(64), 32),
         Workload("shared-prefix", "2048 shared, 128 own, 128 out", Lengths(128), Lengths(128), 256, 2048),
-        _sharegpt("sharegpt", "lognormal lengths, means 220 in, 205 out, at most 1024 each", 1000, 1024),
-        _sharegpt("sharegpt-small", "as sharegpt, at most 512 each, fewer requests", 128, 512),
+        _sharegpt("sharegpt", "lognormal lengths, means 220 in, 205 out, at most 1024 each", 1000),
+        _sharegpt("sharegpt-small", "sharegpt with all lengths halved, for a CPU", 96, scale=0.5),
     )
 }
 

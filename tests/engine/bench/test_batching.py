@@ -36,10 +36,18 @@ def server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("server")
 def test_static_batches_wait_for_their_longest_request() -> None:
-    result = run_static(ENDPOINT, REQUESTS, batch_size=2, time_limit_s=60)
+    result = run_static(ENDPOINT, REQUESTS, batch_size=2, time_limit_s=60, is_padded=False)
     assert [each.latency_s for each in result.served] == [9, 9, 4, 4]
     assert result.duration_s == 13
     assert result.output_tokens_per_s == pytest.approx(16 / 13)
+
+
+@pytest.mark.usefixtures("server")
+def test_padding_counts_as_time_and_not_as_tokens() -> None:
+    # The fake server takes no longer for a padded row, so only the counts can differ: they must not.
+    result = run_static(ENDPOINT, REQUESTS, batch_size=2, time_limit_s=60, is_padded=True)
+    assert [each.num_output_tokens for each in result.served] == [1, 9, 2, 4]
+    assert result.duration_s == 13
 
 
 @pytest.mark.usefixtures("server")
