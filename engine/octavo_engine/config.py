@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from octavo_engine.errors import ConfigError
 
@@ -75,6 +75,12 @@ class EngineConfig(BaseModel):
         60.0, gt=0, description="Seconds without a finished step, while work waits, after which /livez fails."
     )
     log_level: LogLevel = Field("info", description="How much is logged.")
+
+    @field_validator("block_size", mode="before")
+    @classmethod
+    def _read_number(cls, value: Any) -> Any:
+        """A variable's text as the number that it is: pydantic does so for integers, but not for a choice of them."""
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
 
     @property
     def model_name(self) -> str:

@@ -61,12 +61,18 @@ class ApiError(HTTPException):
     def body(self) -> ErrorReply:
         """OpenAI's error object."""
         kind = "server_error" if self.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+        message, param = _as_utf8(self.detail), self.param and _as_utf8(self.param)
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> Response:
         """The whole HTTP answer."""
         content = msgspec.json.encode(self.body)
         return Response(content, self.status_code, self.headers, media_type="application/json")
+
+
+def _as_utf8(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can bring in but UTF-8 cannot carry out."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def model_not_found(name: str, served: str) -> ApiError:
@@ -166,7 +172,9 @@ def _param(location: Sequence[str | int]) -> str | None:
 
 
 def _is_type_name(part: str) -> bool:
-    return part in {"str", "int", "float", "bool", "none"} or not part.replace("_", "").islower() or "-" in part
+    """Field names are lower case with underscores, keys of `logit_bias` numbers; what else there is names a type."""
+    is_name = part.isdigit() or (part.replace("_", "").islower() and "-" not in part and "[" not in part)
+    return not is_name or part in {"str", "int", "float", "bool", "none"}
 
 
 def _lower_first(text: str) -> str:

@@ -23,7 +23,7 @@ class Prompt:
 
 
 async def completion_prompts(request: CompletionRequest, serving: Serving) -> list[Prompt]:
-    """The prompts of a completion. Raises InvalidRequestError if a text cannot be tokenised."""
+    """The prompts of a completion."""
     tokenizer, _ = serving.require_tokenizer()
     prompt = request.prompt
     if isinstance(prompt, str):
@@ -41,7 +41,7 @@ async def chat_prompt(request: ChatCompletionRequest, serving: Serving) -> list[
     text = _render(request, tokenizer)
     add_special_tokens = request.add_special_tokens
     token_ids = await serving.off_loop(
-        len(text), lambda: _encode(tokenizer, text, "messages", add_special_tokens=add_special_tokens)
+        len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens)
     )
     if not token_ids:
         raise InvalidRequestError("the model's chat template makes an empty prompt of this", param="messages")
@@ -55,7 +55,7 @@ def _render(request: ChatCompletionRequest, tokenizer: Tokenizer) -> str:
         message = f"chat_template_kwargs must not hold {min(reserved)}: the request has a field for it"
         raise InvalidRequestError(message, param="chat_template_kwargs")
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             [message.as_template_input() for message in request.messages],
             add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
             continue_final_message=request.continue_final_message,
@@ -64,6 +64,17 @@ def _render(request: ChatCompletionRequest, tokenizer: Tokenizer) -> str:
     except (ArithmeticError, RecursionError) as error:
         message = f"the model's chat template cannot work with chat_template_kwargs: {error}"
         raise InvalidRequestError(message, param="chat_template_kwargs") from None
+    if not _is_utf8(text):
+        raise InvalidRequestError("messages: half of a surrogate pair is no character", param="messages")
+    return text
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 async def _tokenise(texts: Sequence[str], request: CompletionRequest, serving: Serving) -> list[Prompt]:
@@ -72,19 +83,11 @@ async def _tokenise(texts: Sequence[str], request: CompletionRequest, serving: S
 
     def encode() -> list[list[int]]:
         if len(texts) == 1:
-            return [_encode(tokenizer, texts[0], "prompt", add_special_tokens=add_special_tokens)]
+            return [tokenizer.encode(texts[0], add_special_tokens=add_special_tokens)]
         return tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
 
     token_lists = await serving.off_loop(sum(len(text) for text in texts), encode)
     return [Prompt(token_ids, text) for token_ids, text in zip(token_lists, texts, strict=True)]
-
-
-def _encode(tokenizer: Tokenizer, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
-    """Tokenise one text. Raises InvalidRequestError if it holds what is no character."""
-    try:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    except UnicodeEncodeError:
-        raise InvalidRequestError(f"{param}: half of a surrogate pair is no character", param=param) from None
 
 
 def _decode_known(token_lists: Sequence[list[int]], tokenizer: Tokenizer) -> list[str]:

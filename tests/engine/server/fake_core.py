@@ -103,7 +103,7 @@ class EchoCore:
         sequence.num_tokens += 1
         self.num_generation_tokens += 1
         is_stop = token_id in params.stop_token_ids or (token_id == END_TOKEN_ID and not params.ignore_eos)
-        is_stop = is_stop and sequence.num_tokens > params.min_tokens
+        is_stop = is_stop and sequence.num_tokens >= params.min_tokens
         is_full = sequence.num_tokens >= params.max_tokens
         is_first = sequence.num_tokens == 1
         return SequenceOutput(
