@@ -81,10 +81,15 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="requests at once")
     parser.add_argument("--octavo-flags", default="", help="further flags of octavo serve, as one string")
     parser.add_argument("--octavo-model", help="another address of the same model; default: the peer's checkpoint")
-    parser.add_argument("--peer-dtypes", nargs="+", default=["float32", "bfloat16"], help="the best one counts")
+    parser.add_argument("--peer-dtypes", nargs="+", default=_useful_dtypes(), help="the best one counts")
     parser.add_argument("--niceness", type=int, help="of what is measured, on a machine that others use too (root)")
     parser.add_argument("--output", type=Path, default=Path("build/bench-peers.jsonl"), help="JSON lines go here")
     return parser.parse_args()
+
+
+def _useful_dtypes() -> list[str]:
+    """float32, and bfloat16 where the CPU has wide vectors: without them it is several times slower at any batch."""
+    return ["float32", "bfloat16"] if "avx512f" in describe_machine().cpu_flags else ["float32"]
 
 
 def _contenders(options: argparse.Namespace) -> list[Contender]:

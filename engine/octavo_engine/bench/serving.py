@@ -1,19 +1,25 @@
 """Benchmarks a running server: warm up, repeat with fresh prompts, measure. The I/O edge of `octavo bench serve`."""
 
+import contextlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
 
 import uvloop
 
 from octavo_engine.bench.client import Endpoint, RequestResult, get_json, parse_url, run_closed, run_open
+from octavo_engine.bench.local_server import LocalServer, free_port, octavo_command, running
 from octavo_engine.bench.machine import CpuMeter, CpuShares
 from octavo_engine.bench.measurement import Goal, Measurement, measure
 from octavo_engine.bench.workloads import DEFAULT_VOCAB_SIZE, Workload, make_requests
 from octavo_engine.errors import ConfigError
 
-_ASK_TIMEOUT_S = 10.0
+DEFAULT_URL: Final = "http://127.0.0.1:8000"
+_ASK_TIMEOUT_S: Final = 10.0
 # Prompts of a warm-up come from seeds that no timed repeat uses.
-_WARM_UP_SEED = 1 << 31
+_WARM_UP_SEED: Final = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,17 @@ class Repeat:
     seed: int
     measurement: Measurement
     cpu: CpuShares
+
+
+@contextlib.contextmanager
+def started_server(model: str, flags: Sequence[str] = ()) -> Iterator[LocalServer]:
+    """This environment's `octavo serve MODEL` on a free port of loopback, until the block ends."""
+    port = free_port()
+    with (
+        tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder,
+        running(octavo_command(model, port, flags), port, Path(folder) / "server.log") as server,
+    ):
+        yield server
 
 
 def find_endpoint(url: str, model: str | None, *, allow_remote: bool, api_key: str | None) -> Endpoint:
