@@ -121,8 +121,9 @@ def condition(manifest: Mapping[str, Any] | None, name: str) -> Manifest:
 def has_reached(manifest: Mapping[str, Any] | None, status: str, reason: str = "") -> bool:
     """Whether Ready has this status, and reason, for the latest spec."""
     ready = condition(manifest, "Ready")
-    is_current = manifest is not None and manifest["status"]["observedGeneration"] == manifest["metadata"]["generation"] \
-        if ready else False
+    if manifest is None or not ready:
+        return False
+    is_current = manifest["status"]["observedGeneration"] == manifest["metadata"]["generation"]
     return bool(is_current and ready["status"] == status and reason in ("", ready["reason"]))
 
 
@@ -149,7 +150,7 @@ class Recorder:
             )
 
     def stop(self) -> list[Manifest]:
-        """All states in order."""
+        """All states in order. May be called again."""
         self._watch.terminate()
         self._watch.wait(10)
         return [event["object"] for event in _json_documents(self._file.read_text())]

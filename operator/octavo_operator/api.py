@@ -328,8 +328,9 @@ class PlanStatus(Part):
     """What the operator decided."""
 
     hash: str = Field(description="Changes when the plan does; pods of one hash are equal.")
-    variants: list[VariantStatus] = Field(
-        description="Node types that are used.",
+    variants: list[VariantStatus] | None = Field(
+        None,
+        description="Node types that are used; absent if there is none.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["nodeType"]},
     )
     rejected: list[RejectedStatus] | None = Field(

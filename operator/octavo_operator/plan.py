@@ -6,7 +6,7 @@ All defaults live here. The same function serves the operator and `octavo plan`.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -24,8 +24,6 @@ from octavo_operator.quantities import GIB, MIB, format_gib
 MEMORY_UTILIZATION = 0.9
 # A node also runs what every node runs; an engine that asked for all of a node would never be placed.
 CPU_NODE_SHARE = 0.9
-# A CPU engine shares its node with others, so its KV cache is sized for requests of usual length, not of the longest.
-CPU_TOKENS_PER_SEQ = 1024
 
 # Seconds to get the weights, by where they come from: a hub at 50 MB/s, a local disk at 200 MB/s.
 _BYTES_PER_SECOND = {"hub": 50e6, "local": 200e6}
@@ -375,9 +373,7 @@ def _fit(spec: InferenceServiceSpec, node_type: NodeType, geometry: Geometry | N
         requests = _gpu_requests(node_type, planned.weight_bytes)
         settings: dict[str, object] = {}
     else:
-        most = capacity(int(node_type.memory_bytes * CPU_NODE_SHARE), limits)
-        blocks = _cpu_blocks(most)
-        planned = capacity(int(node_type.memory_bytes * CPU_NODE_SHARE), replace(limits, num_kv_blocks=blocks))
+        planned = capacity(int(node_type.memory_bytes * CPU_NODE_SHARE), limits)
         memory_mib = -(-int(planned.total_bytes / MEMORY_UTILIZATION) // MIB) + 1
         requests = Requests(_cpu_request(node_type), memory_mib * MIB, 0)
         settings = {"memory_gib": memory_mib / 1024, "num_kv_blocks": planned.num_kv_blocks}
@@ -446,13 +442,6 @@ def _dtype(engine: Engine, hardware: Hardware, geometry: Geometry) -> str:
         return "float32"
     served = ("float32", "bfloat16", "float16")
     return geometry.dtype if geometry.dtype in served and geometry.dtype in hardware.dtypes else "bfloat16"
-
-
-def _cpu_blocks(most: Capacity) -> int:
-    """KV blocks for max_num_seqs requests of usual length, at least for one of the longest, at most what fits."""
-    usual = -(-most.max_num_seqs * CPU_TOKENS_PER_SEQ // most.block_size)
-    longest = -(-most.max_model_len // most.block_size)
-    return min(max(usual, longest), most.num_kv_blocks)
 
 
 def _cpu_request(node_type: NodeType) -> int:

@@ -153,8 +153,12 @@ class Reconciler:
                     continue
                 answer = await self._api.apply(manifest)
                 self._metrics.writes.labels("apply", kind.name).inc()
-                self._store.put(kind, answer)
-                (updated if live is not None else created).append(f"{kind.name} {name}")
+                is_changed = self._store.put(kind, answer)
+                if live is None:
+                    created.append(f"{kind.name} {name}")
+                elif is_changed:
+                    # Not so where only the spelling differs: a user's podTemplate may say 1000m for 1.
+                    updated.append(f"{kind.name} {name}")
         finally:
             for reason, names in (("Created", created), ("Updated", updated)):
                 if names:

@@ -46,7 +46,8 @@ def plan_status(plan: Plan) -> PlanStatus:
     rejected = [RejectedStatus(node_type=each.node_type, why=each.why) for each in plan.rejected[:_MAX_REJECTED]]
     return PlanStatus(
         hash=plan.hash,
-        variants=[_variant_status(each) for each in plan.variants],
+        # Absent rather than empty: that is what server-side apply makes of a keyed list that lost its last item.
+        variants=[_variant_status(each) for each in plan.variants] or None,
         rejected=rejected or None,
     )
 

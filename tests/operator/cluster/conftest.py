@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from api_objects import ApiObjects, eventually
 from kubectl import Kubectl
-from operator_harness import Manifest, OperatorProcess
+from operator_harness import Manifest, OperatorProcess, Recorder
 from plugin import HollowNodes
 
 ROOT = Path(__file__).parents[3]
@@ -43,6 +43,20 @@ def service_nodes(hollow_nodes: HollowNodes, namespace: str) -> Callable[..., Ma
 def get_service(objects: ApiObjects, namespace: str) -> Callable[[str], Manifest | None]:
     """The InferenceService of this name as it is now."""
     return lambda name: objects.get("InferenceService", name, namespace, api="octavo.dev/v1alpha1")
+
+
+@pytest.fixture
+def record(kubectl: Kubectl, namespace: str, tmp_path: Path) -> Iterator[Callable[[str], Recorder]]:
+    """Starts to record the states of an InferenceService."""
+    recorders: list[Recorder] = []
+
+    def start(name: str) -> Recorder:
+        recorders.append(Recorder(kubectl, namespace, name, tmp_path / name))
+        return recorders[-1]
+
+    yield start
+    for each in recorders:
+        each.stop()
 
 
 @pytest.fixture(scope="module")
