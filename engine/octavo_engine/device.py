@@ -78,8 +78,8 @@ def _available_memory() -> int:
 
 
 def _available_cpus() -> int:
-    """CPUs that this process may use: its affinity, cut to the container's quota."""
-    num_cpus = len(os.sched_getaffinity(0))
+    """CPUs that this process may use: what torch found (OMP_NUM_THREADS, affinity), cut to the container's quota."""
+    num_cpus = torch.get_num_threads()
     if CGROUP_CPU_LIMIT.exists():
         quota, _, period = CGROUP_CPU_LIMIT.read_text().partition(" ")
         if quota.isdigit():
