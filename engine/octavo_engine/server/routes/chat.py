@@ -31,7 +31,7 @@ router = APIRouter(prefix="/v1", tags=["chat"])
     "/chat/completions",
     response_model=ChatCompletion,
     responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        200: {"content": {"text/event-stream": {}}},
         400: {"model": ErrorReply},
         404: {"model": ErrorReply},
         413: {"model": ErrorReply},

@@ -26,7 +26,7 @@ router = APIRouter(prefix="/v1", tags=["completions"])
     "/completions",
     response_model=Completion,
     responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        200: {"content": {"text/event-stream": {}}},
         400: {"model": ErrorReply},
         404: {"model": ErrorReply},
         413: {"model": ErrorReply},
