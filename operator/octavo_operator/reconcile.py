@@ -259,10 +259,11 @@ class Reconciler:
         if plan is not None and plan.variants and (current.previous.get("plan") or {}).get("hash") != plan.hash:
             reasons = "; ".join(f"{each.node_type}: {each.why}" for each in plan.variants)
             await self._tell(current, "PlanChosen", reasons)
-        ready = status.conditions[0]
+        ready, is_stalled = status.conditions[0], is_true(status.conditions, "Stalled")
         before = next((each for each in current.conditions if each.type == ready.type), None)
-        if before is None or (before.status, before.reason) != (ready.status, ready.reason):
-            is_stalled = any(each.type == "Stalled" and each.status == "True" for each in status.conditions)
+        is_new = before is None or (before.status, before.reason) != (ready.status, ready.reason)
+        # What is under way is told by Created and Updated already.
+        if is_new and not is_true(status.conditions, "Reconciling"):
             await self._tell(current, ready.reason, ready.message, is_warning=is_stalled)
 
     async def _tell(self, current: Pass, reason: str, note: str, *, is_warning: bool = False) -> None:
@@ -303,6 +304,11 @@ def needs_apply(desired: Manifest, live: Manifest) -> bool:
     annotations: dict[str, Any] = live["metadata"].get("annotations") or {}
     wanted = desired["metadata"]["annotations"][MANIFEST_HASH]
     return annotations.get(MANIFEST_HASH) != wanted or differs(desired, live)
+
+
+def is_true(conditions: Sequence[Condition], name: str) -> bool:
+    """Whether the condition is there and True."""
+    return any(each.type == name and each.status == "True" for each in conditions)
 
 
 def _explain(error: ValidationError) -> str:

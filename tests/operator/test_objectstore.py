@@ -1,0 +1,91 @@
+"""What is known only ever gets newer, whatever order lists, watches and answers come in."""
+
+from octavo_operator.apiserver import DEPLOYMENT, INFERENCE_SERVICE
+from octavo_operator.objectstore import ObjectStore
+from octavo_operator.observe import Key
+from operator_samples import node_manifest
+
+OWNER = Key("ns", "llama")
+
+
+def deployment(version, name="llama-cpu", uid="d", **labels):
+    own = {"octavo.dev/inference-service": "llama", "octavo.dev/node-type": "cpu", **labels}
+    return {
+        "metadata": {
+            "name": name, "namespace": "ns", "uid": uid, "resourceVersion": str(version), "labels": own, "generation": 1,
+        },
+        "spec": {"replicas": 2},
+        "status": {"readyReplicas": 1, "observedGeneration": 1},
+    }  # fmt: skip
+
+
+def version(store):
+    found = store.child(OWNER, DEPLOYMENT, "llama-cpu")
+    return found and int(found["metadata"]["resourceVersion"])
+
+
+def test_an_older_event_does_not_replace_a_newer_answer():
+    store = ObjectStore()
+    assert store.put(DEPLOYMENT, deployment(9))
+    assert not store.put(DEPLOYMENT, deployment(10 - 2))
+    assert store.put(DEPLOYMENT, deployment(10))
+    assert version(store) == 10
+
+
+def test_a_list_does_not_bring_back_what_was_deleted_meanwhile():
+    store = ObjectStore()
+    store.put(DEPLOYMENT, deployment(5))
+    store.remove(DEPLOYMENT, deployment(7))
+    assert store.replace(DEPLOYMENT, [deployment(5)], 6) == []
+    assert version(store) is None
+    assert store.put(DEPLOYMENT, deployment(8, uid="another"))
+
+
+def test_a_list_does_not_drop_what_was_made_after_it():
+    store = ObjectStore()
+    store.put(DEPLOYMENT, deployment(9))
+    assert store.replace(DEPLOYMENT, [], 8) == []
+    assert version(store) == 9
+    (vanished,) = store.replace(DEPLOYMENT, [], 9)
+    assert vanished["metadata"]["name"] == "llama-cpu"
+    assert version(store) is None
+
+
+def test_a_list_tells_what_the_watch_did_not():
+    store = ObjectStore()
+    store.put(DEPLOYMENT, deployment(1))
+    unseen = store.replace(DEPLOYMENT, [deployment(1), deployment(3, "llama-l4", "e")], 4)
+    assert [each["metadata"]["name"] for each in unseen] == ["llama-l4"]
+
+
+def test_running_sums_over_all_resources():
+    store = ObjectStore()
+    store.put(DEPLOYMENT, deployment(1))
+    store.put(DEPLOYMENT, deployment(2, "other-cpu", "e", **{"octavo.dev/inference-service": "other"}))
+    running = store.running(OWNER)
+    assert running.node_types == running.serving == frozenset({"cpu"})
+    assert running.num_in_use == {"cpu": 4}
+
+
+def test_a_heartbeat_of_a_node_is_no_change():
+    def seen(resource_version, **settings):
+        manifest = node_manifest("n", **settings)
+        manifest["metadata"]["resourceVersion"] = str(resource_version)
+        return manifest
+
+    store = ObjectStore()
+    assert store.put_node(seen(1))
+    assert not store.put_node(seen(2))
+    assert store.put_node(seen(3, ready="False"))
+    assert not store.put_node(seen(2))
+    assert store.replace_nodes([], 3)
+    assert store.nodes() == []
+
+
+def test_resources_are_found_by_key():
+    store = ObjectStore()
+    resource = {"metadata": {"name": "llama", "namespace": "ns", "uid": "u", "resourceVersion": "1"}}
+    store.put(INFERENCE_SERVICE, resource)
+    assert store.resource_keys() == [OWNER]
+    store.remove(INFERENCE_SERVICE, resource)
+    assert store.resource(OWNER) is None

@@ -1,0 +1,189 @@
+"""Manifests: whole, deterministic, safe by default, and compared with what is live."""
+
+import random
+from copy import deepcopy
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from octavo_engine.config import load_config
+from octavo_operator.observe import Key
+from octavo_operator.plan import make_plan
+from octavo_operator.render import MANIFEST_HASH, Owner, differs, merge, remembered_geometry, render
+from operator_samples import DEFAULTS, LLAMA_8B, UNKNOWN, cpu_node, gh200_node, h100_node, spec
+
+OWNER = Owner(Key("models", "llama"), "uid-1")
+
+
+def rendered(nodes=None, model=LLAMA_8B, owner=OWNER, **fields):
+    made = make_plan(spec(**fields), nodes or [h100_node()], model, DEFAULTS)
+    return render(owner, spec(**fields), made)
+
+
+def pod_of(objects):
+    return next(each for each in objects if each["kind"] == "Deployment")["spec"]["template"]
+
+
+def container_of(objects):
+    return next(each for each in pod_of(objects)["spec"]["containers"] if each["name"] == "engine")
+
+
+def test_renders_the_same_objects_in_the_same_order_whatever_the_order_of_nodes():
+    nodes = [h100_node(f"n{number}") for number in range(4)] + [gh200_node()]
+    named = {"hardware": {"types": ["h100", "gh200-96gb"]}, "scaling": {"replicas": 4}}
+    first = rendered(nodes, **named)
+    random.Random(1).shuffle(nodes)
+    assert rendered(nodes, **named) == first
+    assert [each["kind"] for each in first] == [
+        "ServiceAccount", "ConfigMap", "ConfigMap", "Service", "Deployment", "Deployment",
+    ]  # fmt: skip
+
+
+def test_renders_nothing_where_nothing_fits():
+    assert rendered(hardware={"types": ["b300"]}) == []
+
+
+def test_every_object_is_owned_labelled_and_hashed():
+    for each in rendered():
+        metadata = each["metadata"]
+        (owner,) = metadata["ownerReferences"]
+        assert (owner["uid"], owner["controller"], owner["blockOwnerDeletion"]) == ("uid-1", True, True)
+        assert metadata["labels"]["octavo.dev/inference-service"] == "llama"
+        assert metadata["annotations"][MANIFEST_HASH]
+
+
+def test_the_engine_reads_the_config_map(tmp_path):
+    objects = rendered()
+    config_map = next(each for each in objects if each["kind"] == "ConfigMap")
+    file = tmp_path / "engine.yaml"
+    file.write_text(config_map["data"]["engine.yaml"])
+    config = load_config({}, {}, file)
+    assert config.model == "hf://meta-llama/Llama-3.1-8B-Instruct"
+    assert config.device == "cuda"
+    assert "host" not in config_map["data"]["engine.yaml"]
+    assert container_of(objects)["command"] == ["octavo", "serve", "--config", "/etc/octavo/engine.yaml"]
+
+
+def test_an_edit_of_the_configuration_rolls_the_pods_and_a_replica_more_does_not():
+    base, edited, scaled = rendered(), rendered(engine={"maxNumSeqs": 2}), rendered(scaling={"replicas": 2})
+    assert pod_of(base) != pod_of(edited)
+    assert pod_of(base) == pod_of(scaled)
+
+
+def test_pods_are_restricted():
+    pod = pod_of(rendered())["spec"]
+    assert pod["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    assert pod["automountServiceAccountToken"] is False
+    security = pod["containers"][0]["securityContext"]
+    assert security == {
+        "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
+    }  # fmt: skip
+    writable = {each["mountPath"] for each in pod["containers"][0]["volumeMounts"] if not each.get("readOnly")}
+    assert writable == {"/tmp", "/cache", "/dev/shm"}
+    assert pod["terminationGracePeriodSeconds"] > 30
+
+
+def test_gpu_pods_are_pinned_to_the_product_and_the_architecture():
+    objects = rendered([gh200_node()])
+    affinity = pod_of(objects)["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert affinity["nodeSelectorTerms"] == [{"matchExpressions": [
+        {"key": "kubernetes.io/arch", "operator": "In", "values": ["arm64"]},
+        {"key": "nvidia.com/gpu.product", "operator": "In", "values": ["NVIDIA-GH200-480GB"]},
+    ]}]  # fmt: skip
+    assert container_of(objects)["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+    assert pod_of(objects)["spec"]["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists"}]
+
+
+def test_cpu_pods_stay_off_gpu_nodes():
+    pod = pod_of(rendered([cpu_node()]))["spec"]
+    terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert {"key": "nvidia.com/gpu.product", "operator": "DoesNotExist"} in terms[0]["matchExpressions"]
+    assert "tolerations" not in pod
+
+
+def test_the_users_affinity_is_narrowed_term_by_term():
+    zone = {"key": "zone", "operator": "In", "values": ["a"]}
+    terms = [{"matchExpressions": [zone]}, {"matchExpressions": [{**zone, "values": ["b"]}]}]
+    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}
+    pod = pod_of(rendered(scheduling={"affinity": affinity}))["spec"]
+    required = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert [term["matchExpressions"][-1]["values"] for term in required] == [["a"], ["b"]]
+    assert all(len(term["matchExpressions"]) == 3 for term in required)
+
+
+def test_pod_template_is_merged_last_by_name_and_cannot_lose_the_pods():
+    template = {
+        "metadata": {"labels": {"team": "search", "octavo.dev/inference-service": "other"}},
+        "spec": {
+            "hostIPC": False,
+            "containers": [
+                {"name": "engine", "env": [{"name": "HF_HOME", "value": "/models"}],
+                 "volumeMounts": [{"name": "models", "mountPath": "/models"}]},
+                {"name": "sidecar", "image": "sidecar"},
+            ],
+            "volumes": [{"name": "models", "persistentVolumeClaim": {"claimName": "models"}}],
+        },
+    }  # fmt: skip
+    objects = rendered(podTemplate=template)
+    pod = pod_of(objects)
+    assert pod["metadata"]["labels"]["team"] == "search"
+    assert pod["metadata"]["labels"]["octavo.dev/inference-service"] == "llama"
+    assert [each["name"] for each in pod["spec"]["containers"]] == ["engine", "sidecar"]
+    engine = container_of(objects)
+    assert [each["value"] for each in engine["env"] if each["name"] == "HF_HOME"] == ["/models"]
+    assert engine["image"] == "octavo/engine:test"
+    assert {"/models", "/etc/octavo"} <= {each["mountPath"] for each in engine["volumeMounts"]}
+    assert {"models", "config"} <= {each["name"] for each in pod["spec"]["volumes"]}
+
+
+def test_the_geometry_is_remembered_for_this_model_alone():
+    config_maps = [each for each in rendered() if each["kind"] == "ConfigMap"]
+    address = "hf://meta-llama/Llama-3.1-8B-Instruct"
+    assert remembered_geometry(config_maps, address) == LLAMA_8B.geometry
+    assert remembered_geometry(config_maps, "hf://other/model") is None
+    unknown = [each for each in rendered(model=UNKNOWN) if each["kind"] == "ConfigMap"]
+    assert remembered_geometry(unknown, address) is None
+    broken = deepcopy(config_maps)
+    broken[0]["metadata"]["annotations"]["octavo.dev/geometry"] = "{"
+    assert remembered_geometry(broken, address) is None
+
+
+def test_without_a_cluster_objects_name_no_owner():
+    assert all("ownerReferences" not in each["metadata"] for each in rendered(owner=Owner(Key("default", "x"))))
+
+
+LIVE = {"a": {"b": 1, "added": 2}, "list": [{"name": "x", "v": 1, "more": 3}, {"name": "y"}], "plain": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("desired", "expected"),
+    [
+        ({"a": {"b": 1}}, False),
+        ({"a": {"b": 2}}, True),
+        ({"a": {"c": 1}}, True),
+        ({"list": [{"name": "x", "v": 1}]}, False),
+        ({"list": [{"name": "x", "v": 2}]}, True),
+        ({"list": [{"name": "z"}]}, True),
+        ({"plain": [1, 2]}, False),
+        ({"plain": [1]}, True),
+        ({"plain": [2, 1]}, True),
+        ({"a": None}, True),
+    ],
+)
+def test_differs_sees_our_fields_only(desired, expected):
+    assert differs(desired, LIVE) is expected
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=12,
+)
+mappings = st.dictionaries(st.text(max_size=5), json_values, max_size=4)
+
+
+@given(mappings, mappings)
+def test_what_was_merged_in_does_not_differ(base, patch):
+    merged = merge(base, patch)
+    assert not differs(patch, merged)
+    assert merge(merged, patch) == merged
