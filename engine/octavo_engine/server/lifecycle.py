@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 # How long answers that are already decided may take to reach their clients.
 ANSWER_S: Final = 2
 BACKLOG: Final = 2048
+# Longer than the idle time of the usual gateways, so that it is they who close a connection.
+KEEP_ALIVE_S: Final = 75
 SIGNAL_EXIT: Final = 128
 
 TokenizerLoader = Callable[[EngineConfig], Tokenizer]
@@ -107,6 +109,7 @@ class _Life:
                 access_log=self._config.log_level == "debug",
                 log_config=None,
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=ANSWER_S,
                 backlog=BACKLOG,
             )

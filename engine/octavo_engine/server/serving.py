@@ -98,8 +98,9 @@ class Serving:
                 self._idle.set()
 
     async def wait_idle(self) -> None:
-        """Wait until no request is open."""
-        await self._idle.wait()
+        """Wait until no request is open. A stream is counted anew when its handler is done, hence the loop."""
+        while self.num_open_requests:
+            await self._idle.wait()
 
     def close(self) -> None:
         """Free the threads."""

@@ -77,6 +77,6 @@ def test_random_requests_get_no_500(small_server: ServerProcess, method: str, pa
     send()
     assert statuses.total() >= NUM_REQUESTS[method, path]
     if method == "POST":
-        assert statuses[200] > 60, statuses
+        assert statuses[200] > 40, statuses
         assert statuses[400] > 60, statuses
     assert small_server.get("/livez").status_code == 200
