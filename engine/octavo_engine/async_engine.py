@@ -425,4 +425,3 @@ class AsyncEngine:
 
     def _obituary(self) -> str:
         return self.failure.message if self.failure else "the engine process ended"
-

@@ -42,14 +42,15 @@ class EngineConfig(BaseModel):
     device: Device = Field("auto", description="Where the model runs; auto: the GPU if there is one.")
     dtype: DataType = Field(
         "auto",
-        description="Data type of weights and activations; auto: the model's on a GPU, float32 on a CPU.",
+        description="Data type of weights and activations; auto: the model's on a GPU, float32 on a CPU. float16 on a CPU: "
+        "weights only, activations in float32.",
     )
     quantization: Quantization = Field(
         "none",
         description="Weights of linear layers: none keeps the dtype, int8 "
         "stores them with one scale per output channel.",
     )
-    kv_cache_dtype: DataType = Field("auto", description="Data type of the KV cache; auto: the model's dtype.")
+    kv_cache_dtype: DataType = Field("auto", description="Data type of the KV cache; auto: the activations'.")
     max_model_len: PositiveInt | None = Field(
         None,
         description="Longest context in tokens, prompt and answer together; default: the model's, if it fits.",

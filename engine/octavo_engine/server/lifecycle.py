@@ -142,9 +142,7 @@ class _Life:
         # What start-up made lives as long as the process: later collections need not look at it.
         gc.collect()
         gc.freeze()
-        logger.info(
-            "model=%s is ready after %.1f s", self._config.model_name, self._engine.startup_elapsed_s()
-        )
+        logger.info("model=%s is ready after %.1f s", self._config.model_name, self._engine.startup_elapsed_s())
 
     async def _mourn(self) -> int:
         """The engine is dead: let every request have its answer, and say why."""

@@ -183,9 +183,7 @@ class _EngineCollector(Collector):
         ready = self._engine.ready
         if ready is None:
             return
-        memory = [
-            ((pool, kind), float(size)) for pool, sizes in ready.memory.items() for kind, size in sizes.items()
-        ]
+        memory = [((pool, kind), float(size)) for pool, sizes in ready.memory.items() for kind, size in sizes.items()]
         yield self._gauge("octavo_memory_bytes", "Memory by pool, predicted and actual.", ["pool", "kind"], memory)
         limits = {
             "max_model_len": ready.max_model_len,

@@ -40,9 +40,7 @@ async def chat_prompt(request: ChatCompletionRequest, serving: Serving) -> list[
     tokenizer, _ = serving.require_tokenizer()
     text = _render(request, tokenizer)
     add_special_tokens = request.add_special_tokens
-    token_ids = await serving.off_loop(
-        len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    )
+    token_ids = await serving.off_loop(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
     if not token_ids:
         raise InvalidRequestError("the model's chat template makes an empty prompt of this", param="messages")
     return token_ids

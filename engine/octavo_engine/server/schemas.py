@@ -150,9 +150,7 @@ class CompletionRequest(SamplingFields):
         Annotated[str, Field(strict=True, min_length=1)]
         | Annotated[list[Annotated[str, Field(strict=True, min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)
-        ]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="One text or several, as text or as token ids.")
     max_tokens: Annotated[int, Field(strict=True, ge=0, le=MAX_TOKEN_ID)] | None = Field(
         None, description="Most tokens of the answer; default 16. 0 is allowed with `echo`."

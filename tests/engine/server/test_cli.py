@@ -74,9 +74,7 @@ def test_serve_has_one_option_for_each_field() -> None:
     ],
     ids=["no-model", "flag", "variable", "file"],
 )
-def test_mistakes_are_one_sentence_and_exit_code_2(
-    arguments: list[str], variables: dict[str, str], words: str
-) -> None:
+def test_mistakes_are_one_sentence_and_exit_code_2(arguments: list[str], variables: dict[str, str], words: str) -> None:
     result = octavo(*arguments, **variables)
     assert result.returncode == 2
     assert result.stdout == ""

@@ -142,9 +142,7 @@ def test_end_token_ends_unless_ignored(echo_server: ServerProcess) -> None:
 def test_stream_gives_what_the_whole_answer_gives(echo_server: ServerProcess) -> None:
     options = {"model": "fake", "prompt": ["héllo", "x"], "n": 2, "max_tokens": 9, "logprobs": 1}
     whole = echo_server.client.completions.create(**options)
-    chunks = list(
-        echo_server.client.completions.create(**options, stream=True, stream_options={"include_usage": True})
-    )
+    chunks = list(echo_server.client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].choices == []
     assert chunks[-1].usage == whole.usage
     assert all(chunk.usage is None for chunk in chunks[:-1])

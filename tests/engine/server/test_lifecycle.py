@@ -28,7 +28,7 @@ def test_client_that_leaves_frees_its_blocks(slow_server: ServerProcess, stream:
     body = {"prompt": "abc" * 50, "n": 2, "max_tokens": 1500, "stream": stream}
     with slow_server.open_socket("/v1/completions", body) as connection:
         wait_until(lambda: slow_server.metric("octavo_num_requests_running") == 2)
-        assert slow_server.metric('octavo_kv_cache_usage_ratio') > 0
+        assert slow_server.metric("octavo_kv_cache_usage_ratio") > 0
         if stream:
             assert b"200 OK" in connection.recv(1000)
     wait_until(lambda: slow_server.metric("octavo_num_requests_running") == 0, 5)
