@@ -98,8 +98,11 @@ class Reconciler:
         Raises ApiError and `apiserver.UNREACHABLE` where the pass has to be repeated soon.
         """
         manifest = self._store.resource(key)
-        if manifest is None or "deletionTimestamp" in manifest["metadata"]:
-            # The garbage collector deletes the children; making them again would only be in its way.
+        if manifest is None:
+            await self._collect(key)
+            return None
+        if "deletionTimestamp" in manifest["metadata"]:
+            # Somebody's finalizer keeps it for a while. Making children again would be in the way of their deletion.
             return None
         metadata = manifest["metadata"]
         current = Pass(key, metadata["uid"], metadata.get("generation", 0), manifest, manifest.get("status") or {})
@@ -109,6 +112,24 @@ class Reconciler:
             await self._report_invalid(current, _explain(error))
             return None
         return await self._reconcile(current, service)
+
+    async def _collect(self, key: Key) -> None:
+        """Delete the children of a resource that is gone.
+
+        The garbage collector does the same, with the operator or without it, but it learns of a new CRD only every
+        half minute. Children that were orphaned on purpose name no owner any more, and stay.
+        """
+        children = [(kind, each) for kind in reversed(CHILD_KINDS) for each in self._store.children(key, kind)]
+        if not children:
+            return
+        live = await self._api.get(INFERENCE_SERVICE, key)
+        for kind, child in children:
+            owners = child["metadata"].get("ownerReferences") or []
+            is_orphan = not any(each["kind"] == KIND for each in owners)
+            is_owned = live is not None and any(each["uid"] == live["metadata"]["uid"] for each in owners)
+            if not is_orphan and not is_owned and "deletionTimestamp" not in child["metadata"]:
+                await self._api.delete(kind, key_of(child), child["metadata"]["uid"])
+                self._metrics.writes.labels("delete", kind.name).inc()
 
     async def _reconcile(self, current: Pass, service: InferenceService) -> float | None:
         plan, is_geometry_open = await self._plan(current, service)

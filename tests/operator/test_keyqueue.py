@@ -72,7 +72,7 @@ async def test_no_key_is_lost_and_none_is_held_twice_by_many_workers():
     last = {key: seen[key] for key in keys}
     for key in keys:
         queue.add(key)
-    while queue.depth or queue.num_in_work:
+    while queue.depth or queue.num_in_work:  # noqa: ASYNC110
         await asyncio.sleep(0)
     assert all(seen[key] > last[key] for key in keys)
     for each in workers:

@@ -12,7 +12,8 @@ def deployment(version, name="llama-cpu", uid="d", **labels):
     own = {"octavo.dev/inference-service": "llama", "octavo.dev/node-type": "cpu", **labels}
     return {
         "metadata": {
-            "name": name, "namespace": "ns", "uid": uid, "resourceVersion": str(version), "labels": own, "generation": 1,
+            "name": name, "namespace": "ns", "uid": uid, "resourceVersion": str(version), "generation": 1,
+            "labels": own,
         },
         "spec": {"replicas": 2},
         "status": {"readyReplicas": 1, "observedGeneration": 1},

@@ -96,7 +96,8 @@ def test_deletion_while_the_operator_is_dead_leaves_nothing(
     eventually(lambda: are_all_serving(objects, namespace, 1), "it serves", 60)
     operator.kill()
     objects.delete("InferenceService", "orphan", namespace)
-    eventually(lambda: nothing_is_left(objects, namespace), "nothing is left", 30)
+    # The garbage collector learns of a new CRD every half minute.
+    eventually(lambda: nothing_is_left(objects, namespace), "nothing is left", 60)
 
 
 @pytest.mark.timeout(600)
@@ -124,18 +125,16 @@ def test_reconciles_200_resources_in_under_a_minute(
     started = time.monotonic()
     operator.start()
 
-    def deployments_are_made() -> bool:
-        return len(objects.list("Deployment", namespace, OWN)) == count
-
-    eventually(deployments_are_made, "each resource has its Deployment", 60)
-    made_s = time.monotonic() - started
-    eventually(lambda: are_all_serving(objects, namespace, count), "all serve", 120)
+    # A list of 200 objects is work for this process too, so it looks but once a second.
+    while not are_all_serving(objects, namespace, count):
+        assert time.monotonic() - started < 120, operator.log.read_text()[-2000:]
+        time.sleep(1)
     serving_s = time.monotonic() - started
     metrics = operator.metrics()
     passes = metrics['octavo_operator_reconciles_total{result="success"}']
     writes = sum(value for name, value in metrics.items() if name.startswith("octavo_operator_writes_total"))
-    print(f"made {made_s:.1f} s, serving {serving_s:.1f} s, {passes:.0f} passes, {writes:.0f} writes")
-    for name, value in (("made_s", made_s), ("serving_s", serving_s), ("passes", passes), ("writes", writes)):
+    print(f"all serving after {serving_s:.1f} s, {passes:.0f} passes, {writes:.0f} writes")
+    for name, value in (("serving_s", serving_s), ("passes", passes), ("writes", writes)):
         record_property(name, value)
     assert serving_s < 60
     kubectl("delete", "inferenceservices", "--all", f"--namespace={namespace}", "--wait=false", timeout_s=120)
