@@ -61,15 +61,26 @@ class Capacity:
         return self.num_kv_blocks * self.block_size
 
 
-def weight_bytes(geometry: Geometry, dtype: str, quantization: str = "none") -> int:
-    """Bytes of the weights as the engine keeps them: int8 linear layers have one scale per output channel."""
+def weight_bytes(geometry: Geometry, hardware: Hardware, dtype: str, quantization: str = "none") -> int:
+    """Bytes of the weights as the engine keeps them.
+
+    int8 linear layers have one scale per output channel. A CPU multiplies a packed copy of each weight, so that an
+    embedding which is also the output layer is there twice.
+    """
     itemsize = DTYPE_BYTES[dtype]
-    if quantization == "none":
-        return geometry.num_parameters * itemsize
-    heads = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
-    channels = geometry.num_layers * (heads + 2 * geometry.hidden_size + 2 * geometry.intermediate_size)
-    rest = geometry.num_embedding_parameters + geometry.num_other_parameters
-    return geometry.num_linear_parameters + channels * itemsize + rest * itemsize
+    linear = geometry.num_linear_parameters * itemsize
+    if quantization == "int8":
+        heads = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
+        channels = geometry.num_layers * (heads + 2 * geometry.hidden_size + 2 * geometry.intermediate_size)
+        linear = geometry.num_linear_parameters + channels * itemsize
+    packed = 0 if hardware.is_gpu or not geometry.tie_word_embeddings else geometry.num_embedding_parameters
+    rest = geometry.num_embedding_parameters + packed + geometry.num_other_parameters
+    return linear + rest * itemsize
+
+
+def activation_dtype(dtype: str, hardware: Hardware) -> str:
+    """The type of activations and, by default, of the KV cache: a CPU computes with float16 weights in float32."""
+    return "float32" if dtype == "float16" and not hardware.is_gpu else dtype
 
 
 def step_limit_s(
@@ -77,11 +88,13 @@ def step_limit_s(
 ) -> float:
     """The roofline of one step: bytes over bandwidth or arithmetic over rate, whichever takes longer.
 
-    weight_bytes: all weights; the input embedding is a look-up, so it is not read unless it is the output's too
+    weight_bytes: all weights; of these the embedding's table is looked up, not read, unless it is the output layer, too
     kv_bytes:     keys and values that the step reads
     """
-    unread = 0 if geometry.tie_word_embeddings else geometry.vocab_size * geometry.hidden_size
-    read_share = 1 - unread / geometry.num_parameters
+    table = geometry.vocab_size * geometry.hidden_size
+    is_shared = geometry.tie_word_embeddings and hardware.is_gpu
+    num_stored = geometry.num_parameters + (table if geometry.tie_word_embeddings and not is_shared else 0)
+    read_share = 1 if is_shared else 1 - table / num_stored
     read_s = (weight_bytes * read_share + kv_bytes) / (hardware.memory_bandwidth_gbps * 1e9)
     linear = 2 * geometry.num_linear_parameters * num_tokens
     output = 2 * geometry.vocab_size * geometry.hidden_size * num_logits
@@ -104,11 +117,11 @@ def plan_capacity(
     """
     kind = "gpu" if hardware.is_gpu else "cpu"
     usable = int(memory_bytes * memory_utilization)
-    weights = weight_bytes(geometry, dtype, limits.quantization)
+    weights = weight_bytes(geometry, hardware, dtype, limits.quantization)
     block_bytes = geometry.kv_bytes_per_token(kv_cache_dtype) * limits.block_size
     batched_tokens = limits.max_num_batched_tokens or _default_batched_tokens(hardware)
     seqs_cap = limits.max_num_seqs or _default_seqs(hardware)
-    activations = _activation_bytes(geometry, dtype, batched_tokens, seqs_cap)
+    activations = _activation_bytes(geometry, activation_dtype(dtype, hardware), batched_tokens, seqs_cap)
     fixed = weights + activations + RUNTIME_BYTES[kind]
     fitting_blocks = max(0, usable - fixed) // block_bytes
 

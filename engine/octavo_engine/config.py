@@ -42,8 +42,8 @@ class EngineConfig(BaseModel):
     device: Device = Field("auto", description="Where the model runs; auto: the GPU if there is one.")
     dtype: DataType = Field(
         "auto",
-        description="Data type of weights and activations; auto: the model's on a GPU, float32 on a CPU. float16 on a CPU: "
-        "weights only, activations in float32.",
+        description="Data type of weights and activations; auto: the model's on a GPU, float32 on a CPU. "
+        "float16 on a CPU: weights only, activations in float32.",
     )
     quantization: Quantization = Field(
         "none",

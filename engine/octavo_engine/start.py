@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from octavo_kernels.ops.linear import activation_dtype
 
 from octavo_engine.capacity import GIB, Capacity, Limits, plan_capacity
 from octavo_engine.config import EngineConfig
@@ -77,7 +78,8 @@ def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None]) -> Star
     files = resolve_model(config.model)
     geometry = read_geometry(files.path)
     dtype = resolve_dtype(config, geometry, device)
-    kv_dtype = dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
+    hidden_dtype = activation_dtype(dtype, device.torch_device)
+    kv_dtype = hidden_dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
     capacity = plan_capacity(
         geometry,
         device.hardware,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from octavo_engine.capacity import Capacity, Limits, plan_capacity
+from octavo_engine.capacity import Capacity, Limits, activation_dtype, plan_capacity
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import CapacityError
 from octavo_engine.geometry import DTYPE_BYTES, Geometry
@@ -354,7 +354,7 @@ def _fit(spec: InferenceServiceSpec, node_type: NodeType, geometry: Geometry | N
     if geometry is None:
         return _fit_unknown(spec, engine, node_type)
     dtype = _dtype(engine, node_type.hardware, geometry)
-    kv_cache_dtype = _explicit(engine.kv_cache_dtype) or dtype
+    kv_cache_dtype = _explicit(engine.kv_cache_dtype) or activation_dtype(dtype, node_type.hardware)
     limits = _limits(engine)
 
     def capacity(memory_bytes: int, limits: Limits) -> Capacity:
@@ -495,7 +495,7 @@ def smallest_fitting_hardware(spec: InferenceServiceSpec, geometry: Geometry) ->
                 row,
                 row.memory_mib * MIB,
                 dtype=dtype,
-                kv_cache_dtype=_explicit(engine.kv_cache_dtype) or dtype,
+                kv_cache_dtype=_explicit(engine.kv_cache_dtype) or activation_dtype(dtype, row),
                 limits=_limits(engine),
                 memory_utilization=MEMORY_UTILIZATION,
             )

@@ -40,7 +40,7 @@ def test_parameters_are_those_of_the_published_models() -> None:
 def test_int8_keeps_one_byte_and_a_scale_for_each_channel() -> None:
     channels = SMOLLM2.num_layers * ((9 + 3 + 3) * 64 + 576 + 2 * 1536 + 576)
     unquantised = SMOLLM2.num_parameters - SMOLLM2.num_linear_parameters
-    assert weight_bytes(SMOLLM2, "float32", "int8") == SMOLLM2.num_linear_parameters + 4 * (channels + unquantised)
+    assert weight_bytes(SMOLLM2, H100, "float32", "int8") == SMOLLM2.num_linear_parameters + 4 * (channels + unquantised)
 
 
 def test_an_8b_model_on_an_h100() -> None:
@@ -97,7 +97,7 @@ def test_a_plan_never_exceeds_its_memory_and_one_request_always_fits(
 
 def test_the_roofline_is_bytes_over_bandwidth_for_one_and_arithmetic_for_many() -> None:
     one = step_limit_s(
-        LLAMA_8B, H100, weight_bytes=weight_bytes(LLAMA_8B, "bfloat16"), kv_bytes=0, num_tokens=1, num_logits=1
+        LLAMA_8B, H100, weight_bytes=weight_bytes(LLAMA_8B, H100, "bfloat16"), kv_bytes=0, num_tokens=1, num_logits=1
     )
     assert one == pytest.approx(2 * (8_030_261_248 - 128256 * 4096) / 3.35e12)
     many = step_limit_s(LLAMA_8B, H100, weight_bytes=0, kv_bytes=0, num_tokens=8192, num_logits=1)

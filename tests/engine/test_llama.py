@@ -10,7 +10,7 @@ import torch
 from octavo_engine.errors import ModelSourceError, UnsupportedModelError
 from octavo_engine.geometry import read_geometry
 from octavo_engine.loading.loader import LoadedModel, load_model
-from octavo_engine.model_source import ModelFiles, resolve_model
+from octavo_engine.model_source import ModelFiles
 from octavo_engine.models import Model, ModelRegistry, find_model_class
 from octavo_kernels.ops.attention_metadata import AttentionMetadata
 

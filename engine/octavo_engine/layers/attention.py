@@ -4,13 +4,13 @@ import torch
 from octavo_kernels.ops.kv_write import write_kv_rows
 from octavo_kernels.ops.paged_attention import run_attention
 from octavo_kernels.ops.rotary import apply_rotary
-from torch import nn
 
+from octavo_engine.layers.layer import Layer
 from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.step import Step
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Projections, rotation, KV write, attention, output projection."""
 
     def __init__(
@@ -31,9 +31,7 @@ class Attention(nn.Module):
         num_rotated = self.num_heads + self.num_kv_heads
         rotated = apply_rotary(heads[:, :num_rotated], step.cos, step.sin)
         query, key, value = rotated[:, : self.num_heads], rotated[:, self.num_heads :], heads[:, num_rotated:]
-        if step.kv_rows is not None:
-            key, value = key[step.kv_rows], value[step.kv_rows]
-        write_kv_rows(key, value, kv_cache_layer, step.block_ids, step.offsets)
+        write_kv_rows(key, value, kv_cache_layer, step.kv_rows)
         attended = run_attention(query, kv_cache_layer, step.plan, scale=self.scale)
         output: torch.Tensor = self.o_proj(attended.view(len(hidden), -1))
         return output

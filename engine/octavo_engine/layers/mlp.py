@@ -2,12 +2,12 @@
 
 import torch
 from octavo_kernels.ops.silu_and_mul import silu_and_mul
-from torch import nn
 
+from octavo_engine.layers.layer import Layer
 from octavo_engine.layers.linear import Linear
 
 
-class GatedMlp(nn.Module):
+class GatedMlp(Layer):
     """down(silu(gate(x)) * up(x)), gate and up in one multiplication."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool) -> None:

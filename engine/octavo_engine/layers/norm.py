@@ -4,8 +4,10 @@ import torch
 from octavo_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from torch import nn
 
+from octavo_engine.layers.layer import Layer
 
-class RmsNorm(nn.Module):
+
+class RmsNorm(Layer):
     """Root mean square normalisation with a learned weight, optionally of hidden plus residual."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:

@@ -64,6 +64,4 @@ def _rope_type(fields: Mapping[str, Any]) -> RopeType:
     for rope_type in known:
         if rope_type == name:
             return rope_type
-    raise UnsupportedModelError(
-        f"config.json: the rope type {name!r} is not supported; supported: {', '.join(known)}"
-    )
+    raise UnsupportedModelError(f"config.json: the rope type {name!r} is not supported; supported: {', '.join(known)}")

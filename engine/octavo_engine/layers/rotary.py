@@ -2,20 +2,18 @@
 
 import torch
 from octavo_kernels.ops.rotary import rotary_cos_sin, rotary_frequencies
-from torch import nn
 
+from octavo_engine.layers.layer import Layer
 from octavo_engine.layers.rope_config import RopeConfig
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(Layer):
     """Makes the (cos, sin) that `apply_rotary` wants, once per step for all layers."""
 
     def __init__(self, config: RopeConfig, max_position: int) -> None:
         super().__init__()
         with torch.device("cpu"):  # computed, not loaded, so real even in a model that is built without memory
-            frequencies, self.factor = rotary_frequencies(
-                config.rotary_dim, config.theta, config.scaling, max_position
-            )
+            frequencies, self.factor = rotary_frequencies(config.rotary_dim, config.theta, config.scaling, max_position)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

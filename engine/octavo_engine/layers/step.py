@@ -4,19 +4,17 @@ from dataclasses import dataclass
 
 import torch
 from octavo_kernels.ops.attention_metadata import AttentionMetadata
-from octavo_kernels.ops.kv_write import locate_slots
+from octavo_kernels.ops.kv_write import KvRows, locate_rows
 from octavo_kernels.ops.paged_attention import AttentionPlan, plan_attention
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """cos, sin: [num_tokens, 1, rotary_dim]; kv_rows: tokens to store, None for all; block_ids, offsets: where to."""
+    """cos, sin: [num_tokens, 1, rotary_dim]; kv_rows: where keys and values go; plan: what attention reads."""
 
     cos: torch.Tensor
     sin: torch.Tensor
-    kv_rows: torch.Tensor | None
-    block_ids: torch.Tensor
-    offsets: torch.Tensor
+    kv_rows: KvRows
     plan: AttentionPlan
 
 
@@ -28,11 +26,6 @@ def prepare_step(
     sliding_window: int | None,
 ) -> Step:
     """kv_cache: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]."""
-    block_size = kv_cache.shape[3]
-    slots, kv_rows = metadata.slot_mapping, None
-    if bool((slots < 0).any()):
-        kv_rows = (slots >= 0).nonzero().squeeze(1)
-        slots = slots[kv_rows]
-    block_ids, offsets = locate_slots(slots, block_size)
-    plan = plan_attention(metadata, block_size, cos.dtype, sliding_window)
-    return Step(cos, sin, kv_rows, block_ids, offsets, plan)
+    layer = kv_cache[:, 0]
+    kv_rows = locate_rows(metadata.slot_mapping, layer)
+    return Step(cos, sin, kv_rows, plan_attention(metadata, layer, cos.dtype, sliding_window))

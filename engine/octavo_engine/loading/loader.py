@@ -5,12 +5,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from octavo_kernels.ops.linear import Quantization, activation_dtype, choose_linear
 from torch import nn
 
 from octavo_engine.errors import UnsupportedModelError
 from octavo_engine.geometry import Geometry
 from octavo_engine.gguf_file import GgufFile
+from octavo_engine.layers.embedding import Embedding, OutputLayer
 from octavo_engine.layers.linear import Linear
+from octavo_engine.layers.norm import RmsNorm
 from octavo_engine.loading.gguf_weights import GgufWeights
 from octavo_engine.loading.model_config import config_from_gguf, read_model_config
 from octavo_engine.loading.safetensors_weights import SafetensorsWeights
@@ -50,12 +53,12 @@ def load_model(
     geometry: Geometry,
     dtype: torch.dtype,
     device: torch.device,
-    quantization: str,
+    quantization: Quantization,
     on_progress: ProgressCallback,
     *,
     max_model_len: int | None = None,
 ) -> LoadedModel:
-    """Build the model of `files` with its weights in `dtype` on `device`, ready to run.
+    """Build the model of `files` with its weights in `dtype` on `device`, packed for it and ready to run.
 
     quantization:  none, or int8 for linear layers with one scale per output channel
     max_model_len: longest context that will be served; default: the model's own
@@ -71,8 +74,26 @@ def load_model(
         model = model_class.from_config(geometry, config, max_model_len or geometry.max_position_embeddings)
     fill_parameters(model, source, dtype, device, on_progress)
     model.to(device=device).eval()
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    return LoadedModel(model, weight_bytes, kernels={"attention": "torch", "linear": "torch"})
+    return pack_weights(model, dtype, device, quantization)
+
+
+def pack_weights(model: Model, dtype: torch.dtype, device: torch.device, quantization: Quantization) -> LoadedModel:
+    """Lay out every multiplied weight for its device, and set the type of activations."""
+    kernel = choose_linear(device, dtype, quantization)
+    # Never quantised: greedy choices hang on the logits.
+    output_kernel = choose_linear(device, dtype, "none")
+    packed_bytes = 0
+    for module in model.modules():
+        if isinstance(module, Embedding):
+            module.output_dtype = activation_dtype(dtype, device)
+        elif isinstance(module, RmsNorm):
+            module.to(activation_dtype(dtype, device))
+        elif isinstance(module, Linear):
+            packed_bytes += module.pack(kernel)
+        elif isinstance(module, OutputLayer):
+            packed_bytes += module.pack(output_kernel)
+    weight_bytes = packed_bytes + sum(parameter.nbytes for parameter in model.parameters())
+    return LoadedModel(model, weight_bytes, {"attention": "torch", "linear": kernel.name, "output": output_kernel.name})
 
 
 def fill_parameters(

@@ -16,6 +16,7 @@ from octavo_engine.errors import UnsupportedModelError
 from octavo_engine.geometry import Geometry
 from octavo_engine.layers.attention import Attention
 from octavo_engine.layers.embedding import Embedding, OutputLayer
+from octavo_engine.layers.layer import Layer
 from octavo_engine.layers.mlp import GatedMlp
 from octavo_engine.layers.norm import RmsNorm
 from octavo_engine.layers.rope_config import RopeConfig, read_rope_config
@@ -43,7 +44,7 @@ class LlamaConfig:
         )
 
 
-class LlamaLayer(nn.Module):
+class LlamaLayer(Layer):
     """One block: attention and MLP, each behind a norm and beside the residual stream."""
 
     def __init__(self, geometry: Geometry, config: LlamaConfig) -> None:
@@ -67,7 +68,7 @@ class LlamaLayer(nn.Module):
         return self.mlp(hidden), residual
 
 
-class LlamaDecoder(nn.Module):
+class LlamaDecoder(Layer):
     """Embedding, layers and final norm: what checkpoints call `model`."""
 
     def __init__(self, geometry: Geometry, config: LlamaConfig, max_model_len: int) -> None:

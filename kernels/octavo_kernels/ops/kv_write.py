@@ -1,11 +1,11 @@
 """Write a step's keys and values into the paged KV cache."""
 
+from dataclasses import dataclass
+
 import torch
 
 
-def write_kv(
-    key: torch.Tensor, value: torch.Tensor, kv_cache_layer: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
+def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache_layer: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Scatter this step's keys and values into one layer of the KV cache, in place.
 
     cache[slot // block_size, 0 | 1, slot % block_size] = key | value
@@ -15,28 +15,45 @@ def write_kv(
     slot_mapping:   [num_tokens] int64, block_id * block_size + offset; -1 = padding, skipped
     Source: the block layout of PagedAttention (https://arxiv.org/abs/2309.06180), section 4.
     """
-    rows = (slot_mapping >= 0).nonzero().squeeze(1)
-    if len(rows) < len(slot_mapping):
-        slot_mapping, key, value = slot_mapping[rows], key[rows], value[rows]
-    write_kv_rows(key, value, kv_cache_layer, *locate_slots(slot_mapping, kv_cache_layer.shape[2]))
+    write_kv_rows(key, value, kv_cache_layer, locate_rows(slot_mapping, kv_cache_layer))
 
 
-def locate_slots(slot_mapping: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block ids and offsets of slots without padding, both [num_tokens]: the same for every layer of a step."""
+@dataclass(frozen=True, slots=True, eq=False)
+class KvRows:
+    """Where a step's keys and values go, the same for every layer, with a layer seen as rows of one token each.
+
+    keys, values: [num_stored] rows; tokens: which of the step's tokens are stored, None for all
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    tokens: torch.Tensor | None
+
+
+def locate_rows(slot_mapping: torch.Tensor, kv_cache_layer: torch.Tensor) -> KvRows:
+    """The rows of a step's slots; -1 is left out. kv_cache_layer: any layer's."""
+    tokens = None
+    if bool((slot_mapping < 0).any()):
+        tokens = (slot_mapping >= 0).nonzero().squeeze(1)
+        slot_mapping = slot_mapping[tokens]
+    block_size = kv_cache_layer.shape[2]
     block_ids = torch.div(slot_mapping, block_size, rounding_mode="floor")
-    return block_ids, slot_mapping - block_ids * block_size
+    rows_per_block = kv_cache_layer.stride(0) // kv_cache_layer.stride(2)
+    keys = block_ids * rows_per_block + (slot_mapping - block_ids * block_size)
+    return KvRows(keys, keys + block_size, tokens)
 
 
-def write_kv_rows(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache_layer: torch.Tensor,
-    block_ids: torch.Tensor,
-    offsets: torch.Tensor,
-) -> None:
-    """`write_kv` after `locate_slots`."""
-    kv_cache_layer[:, 0].index_put_((block_ids, offsets), key.to(kv_cache_layer.dtype))
-    kv_cache_layer[:, 1].index_put_((block_ids, offsets), value.to(kv_cache_layer.dtype))
+def write_kv_rows(key: torch.Tensor, value: torch.Tensor, kv_cache_layer: torch.Tensor, rows: KvRows) -> None:
+    """`write_kv` after `locate_rows`."""
+    if rows.tokens is not None:
+        key, value = key[rows.tokens], value[rows.tokens]
+    num_blocks, _, block_size, *_ = kv_cache_layer.shape
+    width = kv_cache_layer.stride(2)
+    num_rows = (num_blocks - 1) * (kv_cache_layer.stride(0) // width) + 2 * block_size
+    # As a contiguous matrix, whatever lies between two blocks of this layer: torch copies rows of one much faster.
+    matrix = kv_cache_layer.as_strided((num_rows, width), (width, 1))
+    matrix.index_copy_(0, rows.keys, key.reshape(-1, width).to(matrix.dtype))
+    matrix.index_copy_(0, rows.values, value.reshape(-1, width).to(matrix.dtype))
 
 
 def example_inputs(

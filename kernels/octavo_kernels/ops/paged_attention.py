@@ -22,17 +22,18 @@ class AttentionGroup:
     """Requests of one call.
 
     rows:      [num_seqs * query_len] rows of the step's tokens, or a slice where they are adjacent
-    block_ids: [num_seqs * num_blocks] what to gather
+    row_ids:   [2 * num_seqs * num_blocks] what to gather: the keys of each block, then the values, with a layer seen as
+               rows that each hold the keys or the values of one block
     num_keys:  keys to use of those gathered
     mask:      added to the scores, broadcastable to [num_seqs, 1, query_len, num_keys]; None: nothing is masked, except
                the future if `is_causal`
-    stale:     gathered (block, offset) slots that belong to nobody, set to zero since they may hold NaN
+    stale:     gathered (row, offset) slots that belong to nobody, set to zero since they may hold NaN
     """
 
     rows: torch.Tensor | slice
     num_seqs: int
     query_len: int
-    block_ids: torch.Tensor
+    row_ids: torch.Tensor
     num_keys: int
     mask: torch.Tensor | None
     is_causal: bool
@@ -59,19 +60,25 @@ def paged_attention(
                     h // (num_heads / num_kv_heads)
     Source: PagedAttention (https://arxiv.org/abs/2309.06180).
     """
-    plan = plan_attention(metadata, kv_cache_layer.shape[2], query.dtype, sliding_window)
+    plan = plan_attention(metadata, kv_cache_layer, query.dtype, sliding_window)
     return run_attention(query, kv_cache_layer, plan, scale=scale)
 
 
 def plan_attention(
-    metadata: AttentionMetadata, block_size: int, dtype: torch.dtype, sliding_window: int | None = None
+    metadata: AttentionMetadata,
+    kv_cache_layer: torch.Tensor,
+    dtype: torch.dtype,
+    sliding_window: int | None = None,
 ) -> AttentionPlan:
-    """What `run_attention` needs to know of a step, for every layer with this window. dtype: the query's."""
+    """What `run_attention` needs to know of a step, for every layer with this window.
+
+    kv_cache_layer: any layer's; dtype: the query's
+    """
     starts = [0]
     for query_len in metadata.query_lens:
         starts.append(starts[-1] + query_len)
     return tuple(
-        _plan_group(metadata, seqs, starts, block_size, dtype, sliding_window)
+        _plan_group(metadata, seqs, starts, kv_cache_layer, dtype, sliding_window)
         for seqs in _groups(metadata.query_lens, metadata.context_lens)
     )
 
@@ -98,24 +105,23 @@ def _plan_group(
     metadata: AttentionMetadata,
     seqs: list[int],
     starts: list[int],
-    block_size: int,
+    kv_cache_layer: torch.Tensor,
     dtype: torch.dtype,
     sliding_window: int | None,
 ) -> AttentionGroup:
-    device = metadata.block_tables.device
+    device, block_size = metadata.block_tables.device, kv_cache_layer.shape[2]
     query_len = metadata.query_lens[seqs[0]]
     contexts = [metadata.context_lens[seq] for seq in seqs]
     # Keys that the first query token of a request cannot see any more are not even gathered.
     first_blocks = [_first_key(context, query_len, sliding_window) // block_size for context in contexts]
     key_lens = [context - first * block_size for context, first in zip(contexts, first_blocks, strict=True)]
     num_blocks = -(-max(key_lens) // block_size)
-    block_ids = _gather_ids(metadata.block_tables, seqs, first_blocks, num_blocks)
+    block_ids = _gather_ids(metadata.block_tables, seqs, first_blocks, num_blocks).reshape(-1)
+    key_rows = block_ids * (kv_cache_layer.stride(0) // kv_cache_layer.stride(1))
     num_keys = max(key_lens)
     is_ragged = min(key_lens) < num_keys
     offsets = [_first_key(context, query_len, sliding_window) for context in contexts]
-    starts_mid_block = any(
-        offset > first * block_size for offset, first in zip(offsets, first_blocks, strict=True)
-    )
+    starts_mid_block = any(offset > first * block_size for offset, first in zip(offsets, first_blocks, strict=True))
     is_first_chunk = query_len == num_keys and len(seqs) == 1
     is_causal = query_len > 1 and is_first_chunk and not (sliding_window and query_len > sliding_window)
     needs_mask = is_ragged or starts_mid_block or (query_len > 1 and not is_causal)
@@ -124,7 +130,7 @@ def _plan_group(
         rows=_rows(seqs, starts, query_len, device),
         num_seqs=len(seqs),
         query_len=query_len,
-        block_ids=block_ids.reshape(-1),
+        row_ids=torch.cat((key_rows, key_rows + 1)),
         num_keys=num_keys,
         mask=_mask(lens, query_len, num_keys, sliding_window, dtype) if needs_mask else None,
         is_causal=is_causal,
@@ -137,9 +143,7 @@ def _first_key(context_len: int, query_len: int, sliding_window: int | None) -> 
     return max(0, context_len - query_len + 1 - sliding_window) if sliding_window else 0
 
 
-def _gather_ids(
-    block_tables: torch.Tensor, seqs: list[int], first_blocks: list[int], num_blocks: int
-) -> torch.Tensor:
+def _gather_ids(block_tables: torch.Tensor, seqs: list[int], first_blocks: list[int], num_blocks: int) -> torch.Tensor:
     """[num_seqs, num_blocks] block ids from each request's first block on; past the table's end, any block."""
     device = block_tables.device
     columns = torch.tensor(first_blocks, device=device)[:, None] + torch.arange(num_blocks, device=device)
@@ -170,11 +174,13 @@ def _mask(
 def _stale_slots(
     key_lens: torch.Tensor, num_blocks: int, block_size: int, num_keys: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices (gathered block, offset) of the slots between a request's length and `num_keys`."""
+    """Indices (gathered row, offset) of the slots between a request's length and `num_keys`."""
     keys = torch.arange(num_keys, device=key_lens.device)
     seqs, stale = (keys >= key_lens[:, None]).nonzero(as_tuple=True)
     blocks = torch.div(stale, block_size, rounding_mode="floor")
-    return seqs * num_blocks + blocks, stale - blocks * block_size
+    key_rows, offsets = seqs * num_blocks + blocks, stale - blocks * block_size
+    value_rows = key_rows + len(key_lens) * num_blocks
+    return torch.cat((key_rows, value_rows)), torch.cat((offsets, offsets))
 
 
 def run_attention(
@@ -189,9 +195,7 @@ def run_attention(
     return output
 
 
-def _attend(
-    query: torch.Tensor, kv_cache_layer: torch.Tensor, group: AttentionGroup, scale: float
-) -> torch.Tensor:
+def _attend(query: torch.Tensor, kv_cache_layer: torch.Tensor, group: AttentionGroup, scale: float) -> torch.Tensor:
     """[num_seqs * query_len, num_heads, head_dim] for the rows of one group."""
     num_seqs, query_len = group.num_seqs, group.query_len
     num_heads, head_dim = query.shape[1:]
@@ -214,16 +218,17 @@ def _gather(
     kv_cache_layer: torch.Tensor, group: AttentionGroup, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of a group, each [num_seqs, num_kv_heads, num_keys, head_dim], a strided view of one copy."""
-    keys = _gather_one(kv_cache_layer[:, 0], group, dtype)
-    return keys, _gather_one(kv_cache_layer[:, 1], group, dtype)
-
-
-def _gather_one(cache: torch.Tensor, group: AttentionGroup, dtype: torch.dtype) -> torch.Tensor:
-    blocks = cache.index_select(0, group.block_ids)
+    num_blocks, _, *shape = kv_cache_layer.shape
+    width = kv_cache_layer.stride(1)
+    num_rows = (num_blocks - 1) * (kv_cache_layer.stride(0) // width) + 2
+    # As a contiguous matrix, whatever lies between two blocks of this layer: torch gathers from one much faster.
+    matrix = kv_cache_layer.as_strided((num_rows, width), (width, 1))
+    blocks = matrix.index_select(0, group.row_ids).view(-1, *shape)
     if group.stale is not None:
         blocks[group.stale] = 0
-    tokens = blocks.to(dtype).view(group.num_seqs, -1, *cache.shape[2:])
-    return tokens[:, : group.num_keys].transpose(1, 2)
+    tokens = blocks.to(dtype).view(2, group.num_seqs, -1, *shape[1:])
+    keys, values = tokens[:, :, : group.num_keys].transpose(2, 3)
+    return keys, values
 
 
 def example_inputs(

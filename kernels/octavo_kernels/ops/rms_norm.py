@@ -10,9 +10,7 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     weight: [hidden_size]
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (https://arxiv.org/abs/1910.07467), equation 4.
     """
-    wide = hidden.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale).to(hidden.dtype) * weight
+    return torch.nn.functional.rms_norm(hidden, weight.shape, weight, eps)
 
 
 def add_rms_norm(

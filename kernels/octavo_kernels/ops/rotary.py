@@ -69,7 +69,8 @@ def _dynamic(rotary_dim: int, theta: float, scaling: RopeScaling, max_position: 
     length = max(max_position, scaling.original_max_position)
     stretch = scaling.factor * length / scaling.original_max_position - (scaling.factor - 1)
     base = theta * stretch ** (rotary_dim / (rotary_dim - 2))
-    return 1.0 / base ** (torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim)
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+    return 1.0 / torch.pow(base, exponents)
 
 
 def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
