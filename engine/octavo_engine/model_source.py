@@ -24,9 +24,11 @@ FILE_SCHEME = "file://"
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
+
+OFFLINE_PROBLEM = "is not in the cache and HF_HUB_OFFLINE is set: unset it, or download the model once beforehand"
 
 Value = TypeVar("Value")
 
@@ -168,10 +170,15 @@ def _download(address: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # its import costs 0.3 s, which a local model need not pay
 
     repository = parse_hub_address(address, revision)
-    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, *WEIGHT_FILES]
 
     def download() -> Path:
-        return Path(snapshot_download(repository.name, revision=repository.revision, allow_patterns=patterns))
+        folder = snapshot_download(
+            repository.name,
+            revision=repository.revision,
+            allow_patterns=[*CONFIG_FILES, *TOKENIZER_FILES, *WEIGHT_FILES],
+            ignore_patterns=["*/*"],  # a pattern's star matches slashes too: original/model.safetensors
+        )
+        return Path(folder)
 
     folder = _explain_hub_errors(address, download)
     if not (folder / "config.json").is_file():
@@ -207,24 +214,37 @@ def _explain_hub_errors(address: str, download: Callable[[], Value]) -> Value:
         problem = "has no such revision: name a branch, a tag or a commit that it has"
     except errors.HFValidationError as error:
         problem = f"is no name of a repository: {str(error).splitlines()[0]}"
-    except errors.LocalEntryNotFoundError:
-        if constants.is_offline_mode():
-            problem = "is not in the cache and HF_HUB_OFFLINE is set: unset it, or download the model once beforehand"
-        else:
-            problem = (
-                f"is not in the cache and {constants.ENDPOINT} cannot be reached: check the network and HF_ENDPOINT, "
-                "or serve a folder that holds the model"
-            )
+    except errors.LocalEntryNotFoundError as error:
+        problem = _why_not_fetched(error)
     except errors.EntryNotFoundError:
         problem = "has no config.json, so it is not a model that Octavo can serve"
     except errors.OfflineModeIsEnabled:
-        problem = "is not in the cache and HF_HUB_OFFLINE is set: unset it, or download the model once beforehand"
+        problem = OFFLINE_PROBLEM
     except errors.HfHubHTTPError as error:
-        problem = f"could not be downloaded: {constants.ENDPOINT} answered {error.response.status_code}"
-        if error.response.status_code in (401, 403):
-            problem += "; the token in HF_TOKEN may not read it"
+        problem = _status_problem(error.response.status_code)
     except httpx.HTTPError as error:
         problem = f"could not be downloaded from {constants.ENDPOINT} ({type(error).__name__}): check the network"
     except OSError as error:
         problem = f"could not be stored in {constants.HF_HUB_CACHE}: {error.strerror or error}"
     raise ModelSourceError(f"{address} {problem}")
+
+
+def _why_not_fetched(error: BaseException) -> str:
+    """The client reports every failed request as a missing cache entry; what happened is the error's cause."""
+    from huggingface_hub import constants, errors
+
+    if constants.is_offline_mode():
+        return OFFLINE_PROBLEM
+    if isinstance(error.__cause__, errors.HfHubHTTPError):
+        return _status_problem(error.__cause__.response.status_code)
+    return (
+        f"is not in the cache and {constants.ENDPOINT} cannot be reached: check the network and HF_ENDPOINT, "
+        "or serve a folder that holds the model"
+    )
+
+
+def _status_problem(status: int) -> str:
+    from huggingface_hub import constants
+
+    hint = "; the token in HF_TOKEN may not read it" if status in (401, 403) else ""
+    return f"could not be downloaded: {constants.ENDPOINT} answered {status}{hint}"
