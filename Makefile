@@ -30,12 +30,11 @@ demo: $(INSTALLED) ## Deploy a real model to a real Kubernetes API and chat with
 test: $(INSTALLED) lint ## Lint, type check, check the import contracts and run every test
 	@$(BIN)/python -m pytest $(ARGS)
 
-lint: $(INSTALLED) ## Ruff, mypy --strict, import contracts, generated files
+lint: $(INSTALLED) ## Ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@$(BIN)/python -m octavo_operator.crd --check
 
 format: $(INSTALLED) ## Format the code
 	@$(BIN)/ruff check --fix $(SOURCES)

@@ -47,7 +47,7 @@ class EngineConfig(BaseModel):
     )
     quantization: Quantization = Field(
         "none",
-        description="Weights of linear layers: none keeps the dtype, int8 "
+        description="Weights of linear layers: none keeps the dtype; int8 saves memory, "
         "stores them with one scale per output channel.",
     )
     kv_cache_dtype: DataType = Field("auto", description="Data type of the KV cache; auto: the activations'.")

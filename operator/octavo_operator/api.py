@@ -25,9 +25,7 @@ HARDWARE_NAMES = [row.name for row in HARDWARE] + ["generic"]
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 LabelText = Annotated[str, Field(max_length=63)]
 QualifiedName = Annotated[str, Field(min_length=1, max_length=317)]
-ObjectName = Annotated[
-    str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
-]
+ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 HardwareName = Annotated[str, Field(max_length=40, json_schema_extra={"enum": HARDWARE_NAMES})]
 
 

@@ -198,9 +198,7 @@ class Reconciler:
             "delete it, or give the InferenceService another name"
         )
 
-    async def _prune(
-        self, current: Pass, service: InferenceService, plan: Plan, desired: Sequence[Manifest]
-    ) -> None:
+    async def _prune(self, current: Pass, service: InferenceService, plan: Plan, desired: Sequence[Manifest]) -> None:
         """Delete what is ours and no longer wanted."""
         wanted = {(each["kind"], each["metadata"]["name"]) for each in desired}
         if not service.spec.plan_only and wanted_replicas(service.spec):
@@ -242,9 +240,7 @@ class Reconciler:
         status = make_status(current.key, current.generation, None, states, conditions, has_service=has_service)
         await self._write_status(current, status)
 
-    async def _report(
-        self, current: Pass, service: InferenceService, plan: Plan, failure: Failure | None
-    ) -> None:
+    async def _report(self, current: Pass, service: InferenceService, plan: Plan, failure: Failure | None) -> None:
         deployments = self._store.children(current.key, DEPLOYMENT)
         states = [observe_deployment(each) for each in deployments if "deletionTimestamp" not in each["metadata"]]
         pods = [observe_pod(each) for each in self._store.children(current.key, POD)]

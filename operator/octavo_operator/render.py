@@ -351,9 +351,7 @@ def differs(desired: Any, live: Any) -> bool:
     Items of lists are compared by name where they have one, else by place.
     """
     if isinstance(desired, Mapping):
-        return not isinstance(live, Mapping) or any(
-            differs(value, live.get(name)) for name, value in desired.items()
-        )
+        return not isinstance(live, Mapping) or any(differs(value, live.get(name)) for name, value in desired.items())
     if isinstance(desired, list):
         return not isinstance(live, list) or _lists_differ(desired, live)
     return bool(desired != live)

@@ -39,8 +39,10 @@ def test_parameters_are_those_of_the_published_models() -> None:
 
 def test_int8_keeps_one_byte_and_a_scale_for_each_channel() -> None:
     channels = SMOLLM2.num_layers * ((9 + 3 + 3) * 64 + 576 + 2 * 1536 + 576)
-    unquantised = SMOLLM2.num_parameters - SMOLLM2.num_linear_parameters
-    assert weight_bytes(SMOLLM2, H100, "float32", "int8") == SMOLLM2.num_linear_parameters + 4 * (channels + unquantised)
+    linear = SMOLLM2.num_linear_parameters
+    float32 = 4 * (channels + SMOLLM2.num_parameters - linear)
+    assert weight_bytes(SMOLLM2, H100, "float32", "int8") == linear + float32
+    assert weight_bytes(SMOLLM2, CPU, "float32", "int8") == linear + float32 + 4 * SMOLLM2.num_embedding_parameters
 
 
 def test_an_8b_model_on_an_h100() -> None:

@@ -78,7 +78,5 @@ def test_a_gguf_header_without_a_number_is_refused() -> None:
 @pytest.mark.model
 def test_reads_smollm2(smollm2_path: Path) -> None:
     geometry = read_geometry(smollm2_path)
-    assert geometry == Geometry(
-        "LlamaForCausalLM", 30, 576, 9, 3, 64, 1536, 49152, 8192, True, "float32"
-    )
+    assert geometry == Geometry("LlamaForCausalLM", 30, 576, 9, 3, 64, 1536, 49152, 8192, True, "float32")
     assert geometry.num_parameters == 134_515_008

@@ -193,7 +193,10 @@ BROKEN = {
     "missing": (lambda tensors: tensors.pop("model.norm.weight"), "lacks model.norm.weight"),
     "missing part": (lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.weight"), "lacks .*1.self_attn.k"),
     "unexpected": (lambda tensors: tensors.update(extra=torch.ones(1)), "does not: extra"),
-    "shape": (lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}), r"norm.weight has the shape \(3,\)"),
+    "shape": (
+        lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}),
+        r"norm.weight has the shape \(3,\)",
+    ),
     "integers": (
         lambda tensors: tensors.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}),
         "norm.weight holds torch.int8",

@@ -15,6 +15,4 @@ def test_equals_reference(num_tokens: int, size: int, dtype: torch.dtype, tolera
     output = silu_and_mul(gate_up)
     assert output.shape == (num_tokens, size)
     assert output.is_contiguous()
-    torch.testing.assert_close(
-        output.double(), gate / (1 + torch.exp(-gate)) * up, atol=tolerance, rtol=tolerance
-    )
+    torch.testing.assert_close(output.double(), gate / (1 + torch.exp(-gate)) * up, atol=tolerance, rtol=tolerance)

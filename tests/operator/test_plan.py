@@ -162,9 +162,11 @@ def test_a_replica_more_is_no_new_plan_but_an_edit_of_the_engine_is():
 node_sets = st.lists(
     st.sampled_from([cpu_node, l4_node, h100_node, gh200_node]).flatmap(
         lambda make: st.builds(
-            lambda number, gpus, ready: make(f"{make.__name__}-{number}", ready=ready)
-            if make is cpu_node
-            else make(f"{make.__name__}-{number}", gpus=gpus, ready=ready),
+            lambda number, gpus, ready: (
+                make(f"{make.__name__}-{number}", ready=ready)
+                if make is cpu_node
+                else make(f"{make.__name__}-{number}", gpus=gpus, ready=ready)
+            ),
             st.integers(0, 5),
             st.integers(1, 8),
             st.sampled_from(["True", "False"]),

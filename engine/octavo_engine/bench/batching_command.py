@@ -84,9 +84,7 @@ def compare_batching(
 
 
 @contextlib.contextmanager
-def serving_endpoint(
-    model: str | None, url: str | None, batch_size: int, max_model_len: int
-) -> Iterator[Endpoint]:
+def serving_endpoint(model: str | None, url: str | None, batch_size: int, max_model_len: int) -> Iterator[Endpoint]:
     """The server at `url`, or one that serves `model` until the block ends."""
     with contextlib.ExitStack() as stack:
         if model:

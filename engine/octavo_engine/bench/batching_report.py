@@ -83,9 +83,7 @@ def allocation_record(name: str, cache: CacheShape, seed: int, result: Allocatio
     return {"kind": "allocation", "label": name, "seed": seed, "cache": asdict(cache), **figures}
 
 
-def batching_record(
-    name: str, model: str, batch_size: int, seed: int, result: BatchingResult
-) -> dict[str, object]:
+def batching_record(name: str, model: str, batch_size: int, seed: int, result: BatchingResult) -> dict[str, object]:
     """One policy as a JSON line."""
     return {
         "kind": "batching",
@@ -99,4 +97,3 @@ def batching_record(
         "median_short_latency_s": result.median_short_latency_s,
         "worst_short_s_per_token": result.worst_short_s_per_token,
     }
-

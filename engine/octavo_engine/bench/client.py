@@ -94,9 +94,7 @@ async def run_closed(
     return [exchanges[index].result(run_start_s) for index in range(len(requests))]
 
 
-async def run_open(
-    endpoint: Endpoint, requests: Sequence[BenchRequest], time_limit_s: float
-) -> list[RequestResult]:
+async def run_open(endpoint: Endpoint, requests: Sequence[BenchRequest], time_limit_s: float) -> list[RequestResult]:
     """Send each request at its own arrival time, however many are running; `time_limit_s` as in `run_closed`."""
     run_start_s = time.perf_counter()
 

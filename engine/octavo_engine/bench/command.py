@@ -30,10 +30,16 @@ def bench() -> None:
 @click.option("--repeats", type=click.IntRange(1), default=1, show_default=True, help="Timed repeats.")
 @click.option("--warm-ups", type=click.IntRange(0), default=1, show_default=True, help="Untimed repeats before.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first repeat.")
-@click.option("--vocab-size", type=click.IntRange(2), default=32_000, show_default=True,
-              help="Prompts hold ids below this.")
-@click.option("--time-limit-s", type=click.FloatRange(1), default=600.0, show_default=True,
-              help="Seconds that one repeat may take; what has not ended by then is an error.")
+@click.option(
+    "--vocab-size", type=click.IntRange(2), default=32_000, show_default=True, help="Prompts hold ids below this."
+)
+@click.option(
+    "--time-limit-s",
+    type=click.FloatRange(1),
+    default=600.0,
+    show_default=True,
+    help="Seconds that one repeat may take; what has not ended by then is an error.",
+)
 @click.option("--goal-ttft-ms", type=float, default=500.0, show_default=True, help="Goodput: time to first token.")
 @click.option("--goal-tpot-ms", type=float, default=30.0, show_default=True, help="Goodput: time per output token.")
 @click.option("--server-pid", type=int, multiple=True, help="The server's process, for the account of the CPU.")
@@ -129,16 +135,36 @@ def _choose_workload(name: str | None, input_len: int | None, output_len: int | 
 @bench.command("batching")
 @click.option("--model", help="Also compare continuous with static batching: serve this model and measure it.")
 @click.option("--url", help="The same with a server that runs already on this machine.")
-@click.option("--cache-tokens", type=click.IntRange(2048), default=32_768, show_default=True,
-              help="Token slots of the simulated KV cache.")
-@click.option("--max-model-len", type=click.IntRange(2048), default=2048, show_default=True,
-              help="Longest context: what a reservation sets aside.")
+@click.option(
+    "--cache-tokens",
+    type=click.IntRange(2048),
+    default=32_768,
+    show_default=True,
+    help="Token slots of the simulated KV cache.",
+)
+@click.option(
+    "--max-model-len",
+    type=click.IntRange(2048),
+    default=2048,
+    show_default=True,
+    help="Longest context: what a reservation sets aside.",
+)
 @click.option("--batch-size", type=click.IntRange(2), default=16, show_default=True, help="Requests at once.")
-@click.option("--num-requests", type=click.IntRange(1), default=96, show_default=True,
-              help="Requests of the comparison with static batching.")
+@click.option(
+    "--num-requests",
+    type=click.IntRange(1),
+    default=96,
+    show_default=True,
+    help="Requests of the comparison with static batching.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--time-limit-s", type=click.FloatRange(1), default=1200.0, show_default=True,
-              help="Seconds that a batch, or the continuous run, may take.")
+@click.option(
+    "--time-limit-s",
+    type=click.FloatRange(1),
+    default=1200.0,
+    show_default=True,
+    help="Seconds that a batch, or the continuous run, may take.",
+)
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Write SVG plots into this folder.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Append JSON lines to this file.")
 def batching(

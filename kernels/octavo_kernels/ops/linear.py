@@ -3,7 +3,8 @@
 All treat rows independently, so that a request's result does not depend on what else is in the batch. Measured on two
 cores of an AMD EPYC (Zen 3) with torch 2.11, milliseconds for the 120 projections of a model with 30 layers of width
 576, for 1, 16 and 256 tokens: torch 29.0, 68.9 and 426; onednn-float32 18.5, 41.6 and 363; fbgemm-float16 10.3, 25.7
-and 377; fbgemm-int8 10.9, 21.3 and 220.
+and 377. fbgemm's int8 arithmetic takes 10.9, 21.3 and 220, but rounds activations to 7 bits: with SmolLM2's outliers
+every fifth token changes, so it is not among the choices.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch.nn import functional
 
-# fbgemm multiplies unsigned by signed bytes and adds pairs in 16 bits, which overflows unless one side has 7 bits.
-_MAX_ACTIVATION = 63
-_ZERO_POINT = 64
 _MAX_WEIGHT = 127
-_TINY = 1e-30
 # oneDNN lays a weight out for a number of rows; what suits few serves many nearly as well.
 _ONEDNN_ROWS = 16
 
@@ -93,7 +90,7 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class TorchInt8Linear:
-    """The reference: int8 weights, widened at each use; activations stay as they are."""
+    """int8 weights, widened at each use: a quarter of float32's memory, no faster. Activations stay as they are."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.integers, self.scales = quantize_rows(weight)
@@ -106,58 +103,19 @@ class TorchInt8Linear:
         return output if self.bias is None else output + self.bias
 
 
-class FbgemmInt8Linear:
-    """int8 weights times activations in 7 bits with one scale per token, in fbgemm's integer arithmetic.
-
-    torch's dynamic quantisation takes one scale over all tokens, which would let a request's answer depend on who
-    shares its batch. So each token is scaled to [-1, 1] first and all are quantised with the one scale that then fits:
-    a row of the result is the same, bit for bit, whatever the other rows are.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        integers, scales = quantize_rows(weight)
-        self.bias = bias
-        self.num_bytes = integers.nbytes + scales.nbytes + (0 if bias is None else bias.nbytes)
-        self._packed = _pack_for_fbgemm(integers, scales)
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """As `PackedLinear`, float32 only."""
-        largest = hidden.abs().amax(dim=-1, keepdim=True).clamp_(min=_TINY)
-        output: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            hidden / largest, 1.0 / _MAX_ACTIVATION, _ZERO_POINT, self._packed
-        )
-        output *= largest
-        return output if self.bias is None else output.add_(self.bias)
-
-
-def _pack_for_fbgemm(integers: torch.Tensor, scales: torch.Tensor) -> torch.ScriptObject:
-    zero_points = torch.zeros(len(scales), dtype=torch.int64)
-    quantized = torch._make_per_channel_quantized_tensor(integers, scales.double(), zero_points, 0)
-    engine = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    try:
-        packed: torch.ScriptObject = torch.ops.quantized.linear_prepack(quantized, None)
-        return packed
-    finally:
-        torch.backends.quantized.engine = engine
-
-
 TORCH = LinearKernel("torch", False, TorchLinear)
 ONEDNN_FLOAT32 = LinearKernel("onednn-float32", False, OneDnnLinear)
 FBGEMM_FLOAT16 = LinearKernel("fbgemm-float16", False, FbgemmFloat16Linear)
 TORCH_INT8 = LinearKernel("torch-int8", True, TorchInt8Linear)
-FBGEMM_INT8 = LinearKernel("fbgemm-int8", True, FbgemmInt8Linear)
 
 
 def choose_linear(device: torch.device, dtype: torch.dtype, quantization: Quantization) -> LinearKernel:
     """The fastest implementation for a device, a type of weights and a quantisation."""
-    has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
     if quantization == "int8":
-        is_fast = device.type == "cpu" and activation_dtype(dtype, device) == torch.float32 and has_fbgemm
-        return FBGEMM_INT8 if is_fast else TORCH_INT8
+        return TORCH_INT8
     if device.type == "cpu" and dtype == torch.float32 and torch._C._has_mkldnn:
         return ONEDNN_FLOAT32
-    if device.type == "cpu" and dtype == torch.float16 and has_fbgemm:
+    if device.type == "cpu" and dtype == torch.float16 and "fbgemm" in torch.backends.quantized.supported_engines:
         return FBGEMM_FLOAT16
     return TORCH
 

@@ -40,9 +40,7 @@ def helm(helm_program: Path, kubeconfig: Path, tmp_path: Path) -> Helm:
 
 
 @pytest.fixture(params=["", "watched"])
-def release(
-    request: pytest.FixtureRequest, crd: str, helm: Helm, objects: ApiObjects, namespace: str
-) -> Iterator[str]:
+def release(request: pytest.FixtureRequest, crd: str, helm: Helm, objects: ApiObjects, namespace: str) -> Iterator[str]:
     """The chart, installed for all namespaces, or for the test's own. The value is what it watches."""
     watched = namespace if request.param else ""
     settings = ("--take-ownership", f"--set=watchNamespace={watched}")
