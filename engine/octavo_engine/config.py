@@ -47,8 +47,8 @@ class EngineConfig(BaseModel):
     )
     quantization: Quantization = Field(
         "none",
-        description="Weights of linear layers: none keeps the dtype; int8 saves memory, "
-        "stores them with one scale per output channel.",
+        description="Weights of linear layers: none keeps the dtype; int8, with one scale per output "
+        "channel, saves memory and costs some accuracy.",
     )
     kv_cache_dtype: DataType = Field("auto", description="Data type of the KV cache; auto: the activations'.")
     max_model_len: PositiveInt | None = Field(
