@@ -81,6 +81,8 @@ def test_a_request_does_not_depend_on_its_neighbours() -> None:
         alone = replace(
             metadata,
             block_tables=metadata.block_tables[seq : seq + 1],
+            seq_lens=metadata.seq_lens[seq : seq + 1],
+            num_decodes=1,
             query_lens=(1,),
             context_lens=metadata.context_lens[seq : seq + 1],
         )

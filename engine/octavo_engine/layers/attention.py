@@ -3,7 +3,7 @@
 import torch
 from octavo_kernels.ops.kv_write import write_kv_rows
 from octavo_kernels.ops.paged_attention import run_attention
-from octavo_kernels.ops.rotary import apply_rotary
+from octavo_kernels.ops.rotary import apply_rotary_
 
 from octavo_engine.layers.layer import Layer
 from octavo_engine.layers.linear import Linear
@@ -29,8 +29,8 @@ class Attention(Layer):
         """[num_tokens, hidden_size] -> the same; the step's keys and values land in the cache."""
         heads = self.qkv_proj(hidden).view(len(hidden), -1, self.head_dim)
         num_rotated = self.num_heads + self.num_kv_heads
-        rotated = apply_rotary(heads[:, :num_rotated], step.cos, step.sin)
-        query, key, value = rotated[:, : self.num_heads], rotated[:, self.num_heads :], heads[:, num_rotated:]
+        apply_rotary_(heads, num_rotated, step.cos, step.sin)
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         write_kv_rows(key, value, kv_cache_layer, step.kv_rows)
         attended = run_attention(query, kv_cache_layer, step.plan, scale=self.scale)
         output: torch.Tensor = self.o_proj(attended.view(len(hidden), -1))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from octavo_kernels.native import cpu_kernels
 from octavo_kernels.ops.linear import Quantization, activation_dtype, choose_linear
 from torch import nn
 
@@ -92,8 +93,11 @@ def pack_weights(model: Model, dtype: torch.dtype, device: torch.device, quantiz
             packed_bytes += module.pack(kernel)
         elif isinstance(module, OutputLayer):
             packed_bytes += module.pack(output_kernel)
+    runs_c = device.type == "cpu" and activation_dtype(dtype, device) == torch.float32 and cpu_kernels() is not None
+    attention = "c" if runs_c else "torch"
     weight_bytes = packed_bytes + sum(parameter.nbytes for parameter in model.parameters())
-    return LoadedModel(model, weight_bytes, {"attention": "torch", "linear": kernel.name, "output": output_kernel.name})
+    names = {"attention": attention, "linear": kernel.name, "output": output_kernel.name}
+    return LoadedModel(model, weight_bytes, names)
 
 
 def fill_parameters(

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from octavo_kernels.native import kernels_for
+
 
 def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache_layer: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Scatter this step's keys and values into one layer of the KV cache, in place.
@@ -44,7 +46,11 @@ def locate_rows(slot_mapping: torch.Tensor, kv_cache_layer: torch.Tensor) -> KvR
 
 
 def write_kv_rows(key: torch.Tensor, value: torch.Tensor, kv_cache_layer: torch.Tensor, rows: KvRows) -> None:
-    """`write_kv` after `locate_rows`."""
+    """`write_kv` after `locate_rows`. Heads of a token lie together."""
+    kernels = kernels_for(key, value, kv_cache_layer)
+    if kernels and rows.tokens is None and key.stride() == value.stride() and key[0].is_contiguous():
+        kernels.write_kv(key, value, kv_cache_layer, rows.keys, rows.values)
+        return
     if rows.tokens is not None:
         key, value = key[rows.tokens], value[rows.tokens]
     num_blocks, _, block_size, *_ = kv_cache_layer.shape

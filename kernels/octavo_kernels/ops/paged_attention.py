@@ -7,10 +7,12 @@ the same for every layer, so it is planned once per step.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from octavo_kernels.native import MAX_BLOCK_SIZE, MAX_HEAD_DIM, CpuKernels, kernels_for
 from octavo_kernels.ops.attention_metadata import AttentionMetadata
 
 # Requests share a call while gathering the padding costs less than another call does.
@@ -40,7 +42,25 @@ class AttentionGroup:
     stale: tuple[torch.Tensor, torch.Tensor] | None
 
 
-AttentionPlan = tuple[AttentionGroup, ...]
+@dataclass(frozen=True, slots=True, eq=False)
+class Decodes:
+    """The step's first requests, one query token each, for the C kernel, which reads blocks where they lie.
+
+    block_tables, seq_lens: as in `AttentionMetadata`, of these requests; window: 0 for none
+    """
+
+    kernels: CpuKernels
+    block_tables: torch.Tensor
+    seq_lens: torch.Tensor
+    window: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionPlan:
+    """What one step's attention consists of."""
+
+    decodes: Decodes | None
+    groups: tuple[AttentionGroup, ...]
 
 
 def paged_attention(
@@ -77,17 +97,29 @@ def plan_attention(
     starts = [0]
     for query_len in metadata.query_lens:
         starts.append(starts[-1] + query_len)
-    return tuple(
-        _plan_group(metadata, seqs, starts, kv_cache_layer, dtype, sliding_window)
-        for seqs in _groups(metadata.query_lens, metadata.context_lens)
+    decodes = _plan_decodes(metadata, kv_cache_layer, dtype, sliding_window)
+    groups = _groups(metadata.query_lens, metadata.context_lens, first=metadata.num_decodes if decodes else 0)
+    return AttentionPlan(
+        decodes,
+        tuple(_plan_group(metadata, seqs, starts, kv_cache_layer, dtype, sliding_window) for seqs in groups),
     )
 
 
-def _groups(query_lens: Sequence[int], context_lens: Sequence[int]) -> Iterator[list[int]]:
-    """Requests to compute together: decodes, from the shortest context on, until padding costs too much."""
-    decodes = sorted(
-        (seq for seq, query_len in enumerate(query_lens) if query_len == 1), key=lambda seq: context_lens[seq]
-    )
+def _plan_decodes(
+    metadata: AttentionMetadata, kv_cache_layer: torch.Tensor, dtype: torch.dtype, sliding_window: int | None
+) -> Decodes | None:
+    kernels = kernels_for(kv_cache_layer) if dtype == torch.float32 else None
+    _, _, block_size, _, head_dim = kv_cache_layer.shape
+    if kernels is None or not metadata.num_decodes or head_dim > MAX_HEAD_DIM or block_size > MAX_BLOCK_SIZE:
+        return None
+    tables = metadata.block_tables[: metadata.num_decodes].contiguous()
+    return Decodes(kernels, tables, metadata.seq_lens[: metadata.num_decodes].contiguous(), sliding_window or 0)
+
+
+def _groups(query_lens: Sequence[int], context_lens: Sequence[int], *, first: int) -> Iterator[list[int]]:
+    """Requests, from `first` on, to compute together: decodes, until padding to the longest costs too much."""
+    seqs = range(first, len(query_lens))
+    decodes = sorted((seq for seq in seqs if query_lens[seq] == 1), key=lambda seq: context_lens[seq])
     while decodes:
         group, total = [decodes[-1]], context_lens[decodes[-1]]
         longest = total
@@ -98,7 +130,7 @@ def _groups(query_lens: Sequence[int], context_lens: Sequence[int]) -> Iterator[
             group.append(seq)
         del decodes[-len(group) :]
         yield sorted(group)
-    yield from ([seq] for seq, query_len in enumerate(query_lens) if query_len > 1)
+    yield from ([seq] for seq in seqs if query_lens[seq] > 1)
 
 
 def _plan_group(
@@ -187,10 +219,16 @@ def run_attention(
     query: torch.Tensor, kv_cache_layer: torch.Tensor, plan: AttentionPlan, *, scale: float
 ) -> torch.Tensor:
     """`paged_attention` after `plan_attention`."""
-    if len(plan) == 1 and isinstance(plan[0].rows, slice):
-        return _attend(query, kv_cache_layer, plan[0], scale)
-    output = torch.empty_like(query)
-    for group in plan:
+    groups, decodes = plan.groups, plan.decodes
+    if decodes is None and len(groups) == 1 and isinstance(groups[0].rows, slice):
+        return _attend(query, kv_cache_layer, groups[0], scale)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if decodes:
+        decodes.kernels.paged_decode(
+            output[: len(decodes.seq_lens)], query, kv_cache_layer, decodes.block_tables, decodes.seq_lens,
+            decodes.window, scale,
+        )  # fmt: skip
+    for group in groups:
         output[group.rows] = _attend(query[group.rows], kv_cache_layer, group, scale)
     return output
 
@@ -203,10 +241,10 @@ def _attend(query: torch.Tensor, kv_cache_layer: torch.Tensor, group: AttentionG
     keys, values = _gather(kv_cache_layer, group, query.dtype)
     if query_len == 1:
         # The query heads of one KV head become its query rows, so that each key is read once for all of them.
-        grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        grouped = query.reshape(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
         output = scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask, scale=scale)
         return output.reshape(num_seqs, num_heads, head_dim)
-    queries = query.view(num_seqs, query_len, num_heads, head_dim).transpose(1, 2)
+    queries = query.reshape(num_seqs, query_len, num_heads, head_dim).transpose(1, 2)
     output = scaled_dot_product_attention(
         queries, keys, values, attn_mask=group.mask, is_causal=group.is_causal, scale=scale,
         enable_gqa=num_heads != num_kv_heads,
@@ -262,7 +300,7 @@ def example_inputs(
         seq_lens=torch.tensor(context_lens),
         query_start_loc=torch.tensor([0, *query_lens]).cumsum(0),
         slot_mapping=torch.tensor(slots),
-        num_decodes=sum(1 for query_len in query_lens if query_len == 1),
+        num_decodes=len(list(takewhile(lambda query_len: query_len == 1, query_lens))),
         query_lens=tuple(query_lens),
         context_lens=tuple(context_lens),
     )

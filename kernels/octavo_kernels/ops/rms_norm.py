@@ -2,6 +2,8 @@
 
 import torch
 
+from octavo_kernels.native import kernels_for
+
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32, in the type of `hidden`.
@@ -18,8 +20,10 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add `hidden` to the residual stream, then normalise the sum: (normalised, sum).
 
-    hidden, residual: [num_tokens, hidden_size]; `residual` is overwritten with the sum
+    hidden, residual: [num_tokens, hidden_size], contiguous; `residual` is overwritten with the sum
     """
+    if kernels := kernels_for(hidden, residual, weight):
+        return kernels.add_rms_norm(hidden, residual, weight, eps), residual
     residual += hidden
     return rms_norm(residual, weight, eps), residual
 

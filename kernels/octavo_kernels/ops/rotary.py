@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+from octavo_kernels.native import kernels_for
+
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "factors"]
 
 
@@ -143,6 +145,17 @@ def apply_rotary(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     if rotary_dim == heads.shape[-1]:
         return turned
     return torch.cat((turned, heads[..., rotary_dim:]), dim=-1)
+
+
+def apply_rotary_(heads: torch.Tensor, num_rotated: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """`apply_rotary` on the first `num_rotated` heads of each token, in place.
+
+    heads: [num_tokens, num_heads, head_dim], contiguous: queries, keys and values as one projection makes them
+    """
+    if kernels := kernels_for(heads, cos, sin):
+        kernels.rotate_(heads, num_rotated, cos, sin)
+    else:
+        heads[:, :num_rotated] = apply_rotary(heads[:, :num_rotated], cos, sin)
 
 
 def example_inputs(

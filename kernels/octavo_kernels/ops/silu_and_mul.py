@@ -2,14 +2,18 @@
 
 import torch
 
+from octavo_kernels.native import kernels_for
+
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, where `gate_up` holds both side by side.
 
-    gate_up: [num_tokens, 2 * intermediate_size]
+    gate_up: [num_tokens, 2 * intermediate_size], contiguous
     Returns  [num_tokens, intermediate_size], contiguous
     Source: Shazeer, "GLU Variants Improve Transformer" (https://arxiv.org/abs/2002.05202), SwiGLU.
     """
+    if kernels := kernels_for(gate_up):
+        return kernels.silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate).mul_(up)
 
