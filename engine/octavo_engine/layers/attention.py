@@ -33,5 +33,5 @@ class Attention(Layer):
         query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         write_kv_rows(key, value, kv_cache_layer, step.kv_rows)
         attended = run_attention(query, kv_cache_layer, step.plan, scale=self.scale)
-        output: torch.Tensor = self.o_proj(attended.view(len(hidden), -1))
+        output: torch.Tensor = self.o_proj(attended.reshape(len(hidden), -1))
         return output
