@@ -67,60 +67,101 @@ void octavo_write_kv(float *restrict cache, const float *restrict keys, const fl
     }
 }
 
+/* Eight floats; `Floats` loads and stores them wherever they lie. */
+typedef float Vector __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(32), aligned(4)));
+#define LANES 8
+
+static inline __attribute__((always_inline)) float sum_lanes(Vector v) {
+    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+
+/* One sequence and one KV head of `octavo_paged_decode`. Called with a constant head_dim, so that a head's vectors stay in
+ * registers. */
+static inline __attribute__((always_inline)) void decode_head(
+    float *restrict out, const float *restrict query, const float *restrict cache, const int64_t *restrict table,
+    int64_t first, int64_t length, int64_t group, const int64_t head_dim, int64_t token_stride, int64_t block_size,
+    int64_t block_stride, int64_t value_stride, float scale) {
+    const int64_t num_vectors = head_dim / LANES;
+    Vector accumulated[MAX_GROUP][MAX_HEAD_DIM / LANES];
+    float best[MAX_GROUP], total[MAX_GROUP], scores[MAX_GROUP][MAX_BLOCK];
+    for (int64_t g = 0; g < group; g++) {
+        best[g] = -INFINITY;
+        total[g] = 0;
+        for (int64_t i = 0; i < num_vectors; i++) accumulated[g][i] = (Vector){0};
+    }
+    for (int64_t block = first / block_size; block * block_size < length; block++) {
+        const float *keys = cache + table[block] * block_stride, *values = keys + value_stride;
+        const int64_t start = block * block_size < first ? first - block * block_size : 0;
+        const int64_t end = length - block * block_size < block_size ? length - block * block_size : block_size;
+        for (int64_t g = 0; g < group; g++) {
+            const Floats *q = (const Floats *)(query + g * head_dim);
+            int64_t t = start;
+            /* Four keys at a time: one alone would wait for each multiplication before the next. */
+            for (; t + 4 <= end; t += 4) {
+                const Floats *k0 = (const Floats *)(keys + t * token_stride);
+                const Floats *k1 = (const Floats *)(keys + (t + 1) * token_stride);
+                const Floats *k2 = (const Floats *)(keys + (t + 2) * token_stride);
+                const Floats *k3 = (const Floats *)(keys + (t + 3) * token_stride);
+                Vector s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+                for (int64_t i = 0; i < num_vectors; i++) {
+                    s0 += q[i] * k0[i];
+                    s1 += q[i] * k1[i];
+                    s2 += q[i] * k2[i];
+                    s3 += q[i] * k3[i];
+                }
+                scores[g][t] = scale * sum_lanes(s0);
+                scores[g][t + 1] = scale * sum_lanes(s1);
+                scores[g][t + 2] = scale * sum_lanes(s2);
+                scores[g][t + 3] = scale * sum_lanes(s3);
+            }
+            for (; t < end; t++) scores[g][t] = scale * dot(query + g * head_dim, keys + t * token_stride, (int)head_dim);
+        }
+        for (int64_t g = 0; g < group; g++) {
+            float highest = best[g], sum = 0;
+            for (int64_t t = start; t < end; t++) highest = scores[g][t] > highest ? scores[g][t] : highest;
+            for (int64_t t = start; t < end; t++) sum += scores[g][t] = expf(scores[g][t] - highest);
+            const float shrink = expf(best[g] - highest);
+            total[g] = total[g] * shrink + sum;
+            best[g] = highest;
+            for (int64_t i = 0; i < num_vectors; i++) accumulated[g][i] *= shrink;
+            for (int64_t t = start; t < end; t++) {
+                const Floats *v = (const Floats *)(values + t * token_stride);
+                for (int64_t i = 0; i < num_vectors; i++) accumulated[g][i] += scores[g][t] * v[i];
+            }
+        }
+    }
+    for (int64_t g = 0; g < group; g++)
+        for (int64_t i = 0; i < num_vectors; i++) *(Floats *)(out + g * head_dim + i * LANES) = accumulated[g][i] / total[g];
+}
+
 /* Attention of one query token per sequence over its blocks, with a running softmax (arXiv:2205.14135, algorithm 1):
- * each key and value is read once, where it lies, for all query heads that share it.
+ * each key and value is read from memory once, where it lies, for all query heads that share it.
  *
  * query: row of sequence i at query + i * query_stride, num_heads * head_dim floats; out: the same, contiguous
  * cache: key of (block, offset, kv head) at block * block_stride + (offset * num_kv_heads + head) * head_dim, its value
- *        value_stride floats after it */
+ *        value_stride floats after it; head_dim is a multiple of 8 */
 void octavo_paged_decode(float *restrict out, const float *restrict query, const float *restrict cache,
                          const int64_t *restrict block_tables, const int64_t *restrict seq_lens, int64_t num_seqs,
                          int64_t max_blocks, int64_t query_stride, int64_t num_heads, int64_t num_kv_heads,
                          int64_t head_dim, int64_t block_size, int64_t block_stride, int64_t value_stride,
                          int64_t window, float scale) {
-    const int64_t group = num_heads / num_kv_heads, token_stride = num_kv_heads * head_dim;
+    const int64_t group = num_heads / num_kv_heads, width = group * head_dim;
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int64_t seq = 0; seq < num_seqs; seq++) {
         for (int64_t head = 0; head < num_kv_heads; head++) {
-            const float *q = query + seq * query_stride + head * group * head_dim;
-            const int64_t *table = block_tables + seq * max_blocks;
             const int64_t length = seq_lens[seq], first = window && length > window ? length - window : 0;
-            float accumulated[MAX_GROUP][MAX_HEAD_DIM], best[MAX_GROUP], total[MAX_GROUP], scores[MAX_GROUP][MAX_BLOCK];
-            for (int64_t g = 0; g < group; g++) {
-                best[g] = -INFINITY;
-                total[g] = 0;
-                memset(accumulated[g], 0, (size_t)head_dim * sizeof(float));
-            }
-            for (int64_t block = first / block_size; block * block_size < length; block++) {
-                const float *keys = cache + table[block] * block_stride + head * head_dim;
-                const float *values = keys + value_stride;
-                const int64_t start = block * block_size < first ? first - block * block_size : 0;
-                const int64_t end = length - block * block_size < block_size ? length - block * block_size : block_size;
-                for (int64_t t = start; t < end; t++)
-                    for (int64_t g = 0; g < group; g++)
-                        scores[g][t] = scale * dot(q + g * head_dim, keys + t * token_stride, (int)head_dim);
-                for (int64_t g = 0; g < group; g++) {
-                    float highest = best[g];
-                    for (int64_t t = start; t < end; t++) highest = scores[g][t] > highest ? scores[g][t] : highest;
-                    const float shrink = expf(best[g] - highest);
-                    float sum = 0;
-                    for (int64_t t = start; t < end; t++) {
-                        scores[g][t] = expf(scores[g][t] - highest);
-                        sum += scores[g][t];
-                    }
-                    total[g] = total[g] * shrink + sum;
-                    best[g] = highest;
-                    if (shrink != 1.0f)
-                        for (int64_t d = 0; d < head_dim; d++) accumulated[g][d] *= shrink;
-                }
-                for (int64_t t = start; t < end; t++)
-                    for (int64_t g = 0; g < group; g++)
-                        for (int64_t d = 0; d < head_dim; d++)
-                            accumulated[g][d] += scores[g][t] * values[t * token_stride + d];
-            }
-            for (int64_t g = 0; g < group; g++) {
-                float *o = out + seq * num_heads * head_dim + (head * group + g) * head_dim;
-                for (int64_t d = 0; d < head_dim; d++) o[d] = accumulated[g][d] / total[g];
+            const int64_t *table = block_tables + seq * max_blocks;
+            for (int64_t g = 0; g < group; g += MAX_GROUP) {
+                const int64_t count = group - g < MAX_GROUP ? group - g : MAX_GROUP;
+                float *o = out + seq * num_heads * head_dim + head * width + g * head_dim;
+                const float *q = query + seq * query_stride + head * width + g * head_dim, *c = cache + head * head_dim;
+#define DECODE(SIZE)                                                                                              \
+    decode_head(o, q, c, table, first, length, count, SIZE, num_kv_heads *SIZE, block_size, block_stride,         \
+                value_stride, scale)
+                if (head_dim == 64) DECODE(64);
+                else if (head_dim == 128) DECODE(128);
+                else DECODE(head_dim);
             }
         }
     }

@@ -25,8 +25,8 @@ COMPILERS = ("cc", "gcc", "clang")
 COMPILE_TIMEOUT_S = 120
 CACHE_VARIABLE = "OCTAVO_CACHE"
 
-# Sizes that the kernels keep on the stack.
-MAX_GROUP, MAX_HEAD_DIM, MAX_BLOCK_SIZE = 16, 256, 128
+# What paged decode takes: sizes that it keeps on the stack, and heads of whole vectors.
+MAX_HEAD_DIM, MAX_BLOCK_SIZE, HEAD_DIM_MULTIPLE = 256, 128, 8
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {

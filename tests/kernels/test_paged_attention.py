@@ -95,3 +95,15 @@ def test_decodes_after_chunks_are_answered_in_their_rows() -> None:
     query, cache, metadata = example_inputs([4, 1, 3, 1], [9, 12, 3, 50])
     output = paged_attention(query, cache, metadata, scale=0.25)
     torch.testing.assert_close(output, naive_attention(query, cache, metadata, 0.25, None), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(3, 3, 64), (20, 1, 32), (8, 2, 128), (6, 2, 20)])
+def test_decodes_over_odd_lengths(num_heads: int, num_kv_heads: int, head_dim: int, window: int | None) -> None:
+    torch.manual_seed(0)
+    contexts = [1, 2, 15, 16, 17, 63, 250]
+    query, cache, metadata = example_inputs(
+        [1] * len(contexts), contexts, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=16
+    )
+    output = paged_attention(query, cache, metadata, scale=0.25, sliding_window=window)
+    torch.testing.assert_close(output, naive_attention(query, cache, metadata, 0.25, window), atol=1e-5, rtol=1e-4)

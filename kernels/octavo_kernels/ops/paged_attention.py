@@ -12,7 +12,7 @@ from itertools import takewhile
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from octavo_kernels.native import MAX_BLOCK_SIZE, MAX_HEAD_DIM, CpuKernels, kernels_for
+from octavo_kernels.native import HEAD_DIM_MULTIPLE, MAX_BLOCK_SIZE, MAX_HEAD_DIM, CpuKernels, kernels_for
 from octavo_kernels.ops.attention_metadata import AttentionMetadata
 
 # Requests share a call while gathering the padding costs less than another call does.
@@ -110,7 +110,8 @@ def _plan_decodes(
 ) -> Decodes | None:
     kernels = kernels_for(kv_cache_layer) if dtype == torch.float32 else None
     _, _, block_size, _, head_dim = kv_cache_layer.shape
-    if kernels is None or not metadata.num_decodes or head_dim > MAX_HEAD_DIM or block_size > MAX_BLOCK_SIZE:
+    has_size = block_size <= MAX_BLOCK_SIZE and head_dim <= MAX_HEAD_DIM and head_dim % HEAD_DIM_MULTIPLE == 0
+    if kernels is None or not metadata.num_decodes or not has_size:
         return None
     tables = metadata.block_tables[: metadata.num_decodes].contiguous()
     return Decodes(kernels, tables, metadata.seq_lens[: metadata.num_decodes].contiguous(), sliding_window or 0)
