@@ -79,7 +79,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="alternations between the servers")
     parser.add_argument("--repeats", type=int, default=2, help="timed repeats of a round")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="requests at once")
-    parser.add_argument("--octavo-flags", default="", help="further flags of octavo serve, as one string")
+    parser.add_argument(
+        "--octavo-flags", default="--dtype float16", help="further flags of octavo serve, as one string"
+    )
     parser.add_argument("--octavo-model", help="another address of the same model; default: the peer's checkpoint")
     parser.add_argument("--peer-dtypes", nargs="+", default=_useful_dtypes(), help="the best one counts")
     parser.add_argument("--niceness", type=int, help="of what is measured, on a machine that others use too (root)")
