@@ -13,12 +13,12 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from addresses import reachable_address
 from kube_client import UNREACHABLE, ApiError, KubeClient, Manifest
+from loop_thread import LoopThread
 
 logger = logging.getLogger(__name__)
 
@@ -83,23 +83,20 @@ class Forward:
         self.port = listen_port
         self._client = KubeClient(kubeconfig)
         self._endpoints = Endpoints(self._client, namespace, service, service_port)
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+        self._loop = LoopThread("forward")
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="forward", daemon=True)
-        self._thread.start()
-        self._run(self._listen())
+        self._loop.start()
+        self._loop.run(self._listen())
 
     def stop(self) -> None:
-        self._run(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._loop.run(self._close())
+        self._loop.stop()
 
     def __enter__(self) -> Self:
         self.start()
@@ -108,9 +105,6 @@ class Forward:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
     async def _listen(self) -> None:
         await self._client.__aenter__()
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
@@ -118,16 +112,17 @@ class Forward:
 
     async def _close(self) -> None:
         self._server.close()
-        connections = list(self._connections)
-        for connection in connections:
+        connections = dict(self._connections)
+        for connection, writer in connections.items():
+            writer.transport.abort()  # also of one whose task has not run yet, or whose caller reads nothing
             connection.cancel()
         await asyncio.gather(*connections, return_exceptions=True)
         await self._client.__aexit__()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.create_task(self._serve(reader, writer))
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
+        self._connections[task] = writer
+        task.add_done_callback(self._connections.pop)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

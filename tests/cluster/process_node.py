@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from binaries import KUBERNETES_VERSION
 from container import BackOff, timestamp
 from guard import Guard
 from kube_client import UNREACHABLE, ApiError, KubeClient, Manifest
+from loop_thread import LoopThread
 from pod_worker import HOST_IP, HollowPod, PodHost, PodWorker, deletion_grace_s, is_finished, pod_name
 
 logger = logging.getLogger(__name__)
@@ -271,26 +271,23 @@ class NodeHost:
         self._state = state
         self._addresses = PodAddresses()
         self._nodes: dict[str, ProcessNode] = {}
+        self._loop = LoopThread("process-nodes")
 
     def start(self) -> None:
         self._guard = Guard()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="process-nodes", daemon=True)
-        self._thread.start()
+        self._loop.start()
 
     def add(self, *specs: NodeSpec) -> None:
         """Register nodes; return when all of them can take pods."""
-        self._run(self._add(specs))
+        self._loop.run(self._add(specs))
 
     def remove(self, *names: str) -> None:
         """Stop nodes and end their processes; their Node objects are the caller's to delete."""
-        self._run(self._remove(names))
+        self._loop.run(self._remove(names))
 
     def stop(self) -> None:
-        self._run(self._remove(tuple(self._nodes)))
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._loop.run(self._remove(tuple(self._nodes)))
+        self._loop.stop()
         self._guard.close()
 
     def __enter__(self) -> Self:
@@ -299,9 +296,6 @@ class NodeHost:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _add(self, specs: Sequence[NodeSpec]) -> None:
         nodes = [

@@ -34,24 +34,24 @@ async def send(writer: Writer, piece: bytes) -> None:
 async def serving(answer: Answer) -> AsyncIterator[Endpoint]:
     """A server on loopback that reads one request a connection and lets `answer` write the reply, byte by byte."""
 
-    connections = set()
+    connections: dict[asyncio.Task[None], Writer] = {}
 
     async def handle(reader: asyncio.StreamReader, writer: Writer) -> None:
-        connections.add(asyncio.current_task())
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         length = int(head.split("content-length: ")[1].split("\r\n")[0])
         body = json.loads(await reader.readexactly(length) or b"{}")
-        try:
-            await answer(body, writer)
-        finally:
-            writer.close()
+        await answer(body, writer)
+        writer.close()
 
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
-    async with server:
+    def accept(reader: asyncio.StreamReader, writer: Writer) -> None:
+        connections[asyncio.create_task(handle(reader, writer))] = writer
+
+    async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
         yield Endpoint("127.0.0.1", server.sockets[0].getsockname()[1], "fake")
-        for connection in connections:
-            connection.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
+    for connection, writer in connections.items():
+        writer.transport.abort()
+        connection.cancel()
+    await asyncio.gather(*connections, return_exceptions=True)
 
 
 async def stream(pieces: list[bytes], writer: Writer) -> None:
