@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import cast
 from urllib.parse import unquote, urlsplit
 
 from octavo_engine.errors import ModelSourceError
@@ -29,8 +29,6 @@ TOKENIZER_FILES = (
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
 
 OFFLINE_PROBLEM = "is not in the cache and HF_HUB_OFFLINE is set: unset it, or download the model once beforehand"
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +165,21 @@ def parse_hub_address(address: str, revision: str | None = None) -> HubRepositor
 
 
 def _download(address: str, revision: str | None) -> Path:
+    folder = _fetch(address, revision, [*CONFIG_FILES, *TOKENIZER_FILES, *WEIGHT_FILES])
+    if not any(folder.glob("*.safetensors")):
+        raise ModelSourceError(f"{address} has no .safetensors weights; choose a repository that has them")
+    return folder
+
+
+def _download_config(address: str, revision: str | None) -> Path:
+    return _fetch(address, revision, ["config.json"]) / "config.json"
+
+
+def _fetch(address: str, revision: str | None, patterns: list[str]) -> Path:
+    """The folder with those of the repository's files that match; it has a config.json.
+
+    A hub that cannot be reached is noticed at once, and its cached files serve then.
+    """
     from huggingface_hub import snapshot_download  # its import costs 0.3 s, which a local model need not pay
 
     repository = parse_hub_address(address, revision)
@@ -175,7 +188,7 @@ def _download(address: str, revision: str | None) -> Path:
         folder = snapshot_download(
             repository.name,
             revision=repository.revision,
-            allow_patterns=[*CONFIG_FILES, *TOKENIZER_FILES, *WEIGHT_FILES],
+            allow_patterns=patterns,
             ignore_patterns=["*/*"],  # a pattern's star matches slashes too: original/model.safetensors
         )
         return Path(folder)
@@ -183,27 +196,15 @@ def _download(address: str, revision: str | None) -> Path:
     folder = _explain_hub_errors(address, download)
     if not (folder / "config.json").is_file():
         raise ModelSourceError(f"{address} has no config.json, so it is not a model that Octavo can serve")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelSourceError(f"{address} has no .safetensors weights; choose a repository that has them")
     return folder
 
 
-def _download_config(address: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    repository = parse_hub_address(address, revision)
-
-    def download() -> Path:
-        return Path(hf_hub_download(repository.name, "config.json", revision=repository.revision))
-
-    return _explain_hub_errors(address, download)
-
-
-def _explain_hub_errors(address: str, download: Callable[[], Value]) -> Value:
+def _explain_hub_errors(address: str, download: Callable[[], Path]) -> Path:
     """Run `download`; turn each way in which a hub can fail into one sentence."""
-    import httpx
     from huggingface_hub import constants, errors
 
+    # Releases differ in the library that carries their requests, and so in the class of its errors.
+    transport_error = cast("type[Exception]", errors.HfHubHTTPError.__bases__[0])
     try:
         return download()
     except errors.GatedRepoError:
@@ -217,12 +218,12 @@ def _explain_hub_errors(address: str, download: Callable[[], Value]) -> Value:
     except errors.LocalEntryNotFoundError as error:
         problem = _why_not_fetched(error)
     except errors.EntryNotFoundError:
-        problem = "has no config.json, so it is not a model that Octavo can serve"
+        problem = "lost a file while it was downloaded: try again"
     except errors.OfflineModeIsEnabled:
         problem = OFFLINE_PROBLEM
     except errors.HfHubHTTPError as error:
         problem = _status_problem(error.response.status_code)
-    except httpx.HTTPError as error:
+    except transport_error as error:
         problem = f"could not be downloaded from {constants.ENDPOINT} ({type(error).__name__}): check the network"
     except OSError as error:
         problem = f"could not be stored in {constants.HF_HUB_CACHE}: {error.strerror or error}"
