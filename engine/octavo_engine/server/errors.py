@@ -38,6 +38,12 @@ class ErrorReply(TypedDict):
     error: ErrorDetail
 
 
+# What a route that generates may answer besides its reply, for the OpenAPI document.
+GENERATION_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": ErrorReply} for status in (400, 404, 413, 503)
+}
+
+
 class ApiError(HTTPException):
     """An answer other than success, as it goes to the client.
 

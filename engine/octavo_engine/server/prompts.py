@@ -22,22 +22,20 @@ class Prompt:
     text: str
 
 
-async def completion_prompts(request: CompletionRequest, serving: Serving) -> list[Prompt]:
+async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer, serving: Serving) -> list[Prompt]:
     """The prompts of a completion."""
-    tokenizer, _ = serving.require_tokenizer()
     prompt = request.prompt
     if isinstance(prompt, str):
-        return await _tokenise([prompt], request, serving)
+        return await _tokenise([prompt], request, tokenizer, serving)
     if isinstance(prompt[0], str):
-        return await _tokenise(prompt, request, serving)
+        return await _tokenise(prompt, request, tokenizer, serving)
     token_lists = cast("list[list[int]]", [prompt] if isinstance(prompt[0], int) else prompt)
     texts = _decode_known(token_lists, tokenizer) if request.echo else [""] * len(token_lists)
     return [Prompt(token_ids, text) for token_ids, text in zip(token_lists, texts, strict=True)]
 
 
-async def chat_prompt(request: ChatCompletionRequest, serving: Serving) -> list[int]:
+async def chat_prompt(request: ChatCompletionRequest, tokenizer: Tokenizer, serving: Serving) -> list[int]:
     """The conversation's tokens. Raises InvalidRequestError if the model's chat template refuses it."""
-    tokenizer, _ = serving.require_tokenizer()
     text = _render(request, tokenizer)
     add_special_tokens = request.add_special_tokens
     token_ids = await serving.off_loop(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
@@ -75,8 +73,9 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-async def _tokenise(texts: Sequence[str], request: CompletionRequest, serving: Serving) -> list[Prompt]:
-    tokenizer, _ = serving.require_tokenizer()
+async def _tokenise(
+    texts: Sequence[str], request: CompletionRequest, tokenizer: Tokenizer, serving: Serving
+) -> list[Prompt]:
     add_special_tokens = request.add_special_tokens
 
     def encode() -> list[list[int]]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Final, TypeVar, cast
 
 from fastapi import Depends, Request
@@ -23,6 +24,21 @@ TOKENIZER_THREADS: Final = 2
 INLINE_CHARACTERS: Final = 1000
 
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a request that is taken works with.
+
+    arrival_s: on the engine's clock; created_s: the time of day, as replies state it
+    """
+
+    arrival_s: float
+    created_s: int
+    limits: EngineReady
+    model: str
+    tokenizer: Tokenizer
+    token_texts: TokenTexts
 
 
 class Serving:
@@ -66,11 +82,14 @@ class Serving:
             raise unavailable(f"the model is loading ({self.engine.phase.phase})", "model_loading")
         return self.engine.ready
 
-    def require_tokenizer(self) -> tuple[Tokenizer, TokenTexts]:
-        """The tokenizer and its memory of tokens. Call it after `require_ready`."""
+    def admit(self, model: str | None) -> Admission:
+        """Take a request for `model`. Raises ApiError where none is taken, or where another model is served."""
+        arrival_s = self.engine.now_s()
+        limits = self.require_ready()
+        name = self.require_model(model)
         assert self.tokenizer is not None
         assert self.token_texts is not None
-        return self.tokenizer, self.token_texts
+        return Admission(arrival_s, self.now_s(), limits, name, self.tokenizer, self.token_texts)
 
     def require_model(self, name: str | None) -> str:
         """The served model's name. Raises ApiError 404 if the request names another."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 from fastapi import Response
@@ -29,6 +29,27 @@ def event(chunk: Mapping[str, Any]) -> bytes:
 def json_response(reply: Mapping[str, Any]) -> Response:
     """A whole answer as JSON."""
     return Response(_encoder.encode(reply), media_type="application/json")
+
+
+class ReplyWriter(Protocol):
+    """Writes one request's answers in the format of its route."""
+
+    async def whole(self) -> Mapping[str, Any]:
+        """The answers once all have ended."""
+
+    def events(self) -> AsyncIterator[bytes]:
+        """The answers as events, as they grow."""
+
+
+async def respond(
+    serving: Serving, receive: Receive, generation: Generation, writer: ReplyWriter, *, streams: bool
+) -> Response:
+    """The generation's answers, as a stream or whole; it ends when the client leaves."""
+    if streams:
+        return EventStream(serving, generation, writer.events())
+    with generation:
+        async with cancel_on_disconnect(receive, generation):
+            return json_response(await writer.whole())
 
 
 class EventStream(Response):

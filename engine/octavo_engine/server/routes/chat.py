@@ -6,8 +6,8 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 
-from octavo_engine.server.errors import ErrorReply
-from octavo_engine.server.logprobs import TokenTexts, chat_logprobs
+from octavo_engine.server.errors import GENERATION_ERRORS
+from octavo_engine.server.logprobs import chat_logprobs
 from octavo_engine.server.prompts import chat_prompt
 from octavo_engine.server.replies import (
     ChatChoice,
@@ -20,8 +20,8 @@ from octavo_engine.server.replies import (
 )
 from octavo_engine.server.sampling import chat_params, text_options
 from octavo_engine.server.schemas import ChatCompletionRequest
-from octavo_engine.server.serving import ServingOfApp, cancel_on_disconnect
-from octavo_engine.server.streaming import EventStream, event, json_response
+from octavo_engine.server.serving import Admission, ServingOfApp
+from octavo_engine.server.streaming import event, respond
 from octavo_engine.server.text import TextDelta, TextGeneration
 
 router = APIRouter(prefix="/v1", tags=["chat"])
@@ -30,31 +30,18 @@ router = APIRouter(prefix="/v1", tags=["chat"])
 @router.post(
     "/chat/completions",
     response_model=ChatCompletion,
-    responses={
-        200: {"content": {"text/event-stream": {}}},
-        400: {"model": ErrorReply},
-        404: {"model": ErrorReply},
-        413: {"model": ErrorReply},
-        503: {"model": ErrorReply},
-    },
+    responses={200: {"content": {"text/event-stream": {}}}, **GENERATION_ERRORS},
 )
 async def create_chat_completion(request: ChatCompletionRequest, http: Request, serving: ServingOfApp) -> Response:
     """Answer the conversation."""
     with serving.open_request():
-        arrival_s = serving.engine.now_s()
-        limits = serving.require_ready()
-        model = serving.require_model(request.model)
-        tokenizer, token_texts = serving.require_tokenizer()
-        prompt = await chat_prompt(request, serving)
-        params = chat_params(request, prompt, limits, tokenizer.vocab_size)
-        generation = serving.engine.generate([prompt], params, arrival_s=arrival_s)
-        texts = TextGeneration(generation, [prompt], tokenizer, text_options(request))
-        writer = _Writer(request, model, serving.now_s(), texts, token_texts)
-        if request.stream:
-            return EventStream(serving, generation, writer.events())
-        with generation:
-            async with cancel_on_disconnect(http.receive, generation):
-                return json_response(await writer.whole())
+        admission = serving.admit(request.model)
+        prompt = await chat_prompt(request, admission.tokenizer, serving)
+        params = chat_params(request, prompt, admission.limits, admission.tokenizer.vocab_size)
+        generation = serving.engine.generate([prompt], params, arrival_s=admission.arrival_s)
+        texts = TextGeneration(generation, [prompt], admission.tokenizer, text_options(request))
+        writer = _Writer(request, admission, texts)
+        return await respond(serving, http.receive, generation, writer, streams=bool(request.stream))
 
 
 @dataclass(slots=True)
@@ -70,15 +57,13 @@ class _Answer:
 class _Writer:
     """Writes one request's answers in the chat format."""
 
-    def __init__(
-        self, request: ChatCompletionRequest, model: str, created_s: int, texts: TextGeneration, token_texts: TokenTexts
-    ) -> None:
+    def __init__(self, request: ChatCompletionRequest, admission: Admission, texts: TextGeneration) -> None:
         self._request = request
         self._id = f"chatcmpl-{uuid4().hex}"
-        self._model = model
-        self._created_s = created_s
+        self._model = admission.model
+        self._created_s = admission.created_s
         self._texts = texts
-        self._token_texts = token_texts
+        self._token_texts = admission.token_texts
         self._begun: set[int] = set()
 
     async def whole(self) -> ChatCompletion:

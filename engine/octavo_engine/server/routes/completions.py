@@ -9,14 +9,14 @@ from uuid import uuid4
 from fastapi import APIRouter, Request, Response
 
 from octavo_engine.protocol import TokenLogprobs
-from octavo_engine.server.errors import ErrorReply
-from octavo_engine.server.logprobs import TokenTexts, completion_logprobs
+from octavo_engine.server.errors import GENERATION_ERRORS
+from octavo_engine.server.logprobs import completion_logprobs
 from octavo_engine.server.prompts import completion_prompts
 from octavo_engine.server.replies import Completion, CompletionChoice, CompletionLogprobs, Usage
 from octavo_engine.server.sampling import completion_params, text_options
 from octavo_engine.server.schemas import CompletionRequest
-from octavo_engine.server.serving import ServingOfApp, cancel_on_disconnect
-from octavo_engine.server.streaming import EventStream, event, json_response
+from octavo_engine.server.serving import Admission, ServingOfApp
+from octavo_engine.server.streaming import event, respond
 from octavo_engine.server.text import TextDelta, TextGeneration
 
 router = APIRouter(prefix="/v1", tags=["completions"])
@@ -25,32 +25,19 @@ router = APIRouter(prefix="/v1", tags=["completions"])
 @router.post(
     "/completions",
     response_model=Completion,
-    responses={
-        200: {"content": {"text/event-stream": {}}},
-        400: {"model": ErrorReply},
-        404: {"model": ErrorReply},
-        413: {"model": ErrorReply},
-        503: {"model": ErrorReply},
-    },
+    responses={200: {"content": {"text/event-stream": {}}}, **GENERATION_ERRORS},
 )
 async def create_completion(request: CompletionRequest, http: Request, serving: ServingOfApp) -> Response:
     """Continue each prompt."""
     with serving.open_request():
-        arrival_s = serving.engine.now_s()
-        limits = serving.require_ready()
-        model = serving.require_model(request.model)
-        tokenizer, token_texts = serving.require_tokenizer()
-        prompts = await completion_prompts(request, serving)
+        admission = serving.admit(request.model)
+        prompts = await completion_prompts(request, admission.tokenizer, serving)
         token_ids = [prompt.token_ids for prompt in prompts]
-        params = completion_params(request, token_ids, limits, tokenizer.vocab_size)
-        generation = serving.engine.generate(token_ids, params, arrival_s=arrival_s)
-        texts = TextGeneration(generation, token_ids, tokenizer, text_options(request))
-        writer = _Writer(request, model, serving.now_s(), texts, [prompt.text for prompt in prompts], token_texts)
-        if request.stream:
-            return EventStream(serving, generation, writer.events())
-        with generation:
-            async with cancel_on_disconnect(http.receive, generation):
-                return json_response(await writer.whole())
+        params = completion_params(request, token_ids, admission.limits, admission.tokenizer.vocab_size)
+        generation = serving.engine.generate(token_ids, params, arrival_s=admission.arrival_s)
+        texts = TextGeneration(generation, token_ids, admission.tokenizer, text_options(request))
+        writer = _Writer(request, admission, texts, [prompt.text for prompt in prompts])
+        return await respond(serving, http.receive, generation, writer, streams=bool(request.stream))
 
 
 @dataclass(slots=True)
@@ -70,19 +57,17 @@ class _Writer:
     def __init__(
         self,
         request: CompletionRequest,
-        model: str,
-        created_s: int,
+        admission: Admission,
         texts: TextGeneration,
         prompt_texts: Sequence[str],
-        token_texts: TokenTexts,
     ) -> None:
         self._request = request
         self._id = f"cmpl-{uuid4().hex}"
-        self._model = model
-        self._created_s = created_s
+        self._model = admission.model
+        self._created_s = admission.created_s
         self._texts = texts
         self._prompt_texts = prompt_texts
-        self._token_texts = token_texts
+        self._token_texts = admission.token_texts
         self._n = request.n or 1
         self._begun: set[int] = set()
         self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
