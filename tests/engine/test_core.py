@@ -91,14 +91,18 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def check_greedy(reference):
     """Hold generated tokens against the reference's logits, each given the tokens before it."""
+    held: set[tuple[int, ...]] = set()
 
     def check(prompt: list[int], generated: list[int]) -> None:
         assert len(generated) == NUM_TOKENS
+        if (*prompt, *generated) in held:  # word for word what another test got
+            return
         with torch.inference_mode():
             logits = reference(torch.tensor([prompt + generated])).logits[0, len(prompt) - 1 : -1]
         best, chosen = logits.max(dim=-1).values, logits.gather(1, torch.tensor(generated)[:, None])[:, 0]
         gaps = (best - chosen).tolist()
         assert max(gaps) < TIE, f"token {gaps.index(max(gaps))} is not the likeliest: {max(gaps)} below"
+        held.add((*prompt, *generated))
 
     return check
 

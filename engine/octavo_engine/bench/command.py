@@ -153,7 +153,7 @@ def _choose_workload(name: str | None, input_len: int | None, output_len: int | 
 @click.option(
     "--num-requests",
     type=click.IntRange(1),
-    default=96,
+    default=64,
     show_default=True,
     help="Requests of the comparison with static batching.",
 )
