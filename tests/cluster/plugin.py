@@ -54,13 +54,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("cluster")
 
 
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Build what tests will ask for before the first one: where nothing is cached it takes longer than a test may."""
+    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    builds = [("control_plane", binaries.control_plane_binaries), ("helm", binaries.helm_binary)]
+    if session.config.option.collectonly:
+        return
+    with session.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        for fixture, build in builds:
+            if fixture in wanted:
+                build()
+
+
 @pytest.fixture(scope="session")
-def control_plane(pytestconfig: pytest.Config) -> Iterator[ControlPlane]:
-    """etcd, API server, controller manager and scheduler; built first if need be, which takes minutes."""
-    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        programs = binaries.control_plane_binaries()
-    with ControlPlane(programs=programs) as running:
+def control_plane() -> Iterator[ControlPlane]:
+    """etcd, API server, controller manager and scheduler."""
+    with ControlPlane(programs=binaries.control_plane_binaries()) as running:
         yield running
 
 
