@@ -20,7 +20,9 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
+COMPILE_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC")
+# Without -ffast-math: gcc would link a start-up routine that makes the whole process flush small numbers to zero.
+LINK_FLAGS = ("-shared", "-fopenmp")
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_TIMEOUT_S = 120
 CACHE_VARIABLE = "OCTAVO_CACHE"
@@ -137,15 +139,18 @@ def _compiled(compiler: str) -> Path:
     processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else ""
     flags = next((line for line in processor.splitlines() if line.startswith(("flags", "Features"))), "")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = "\0".join((SOURCE.read_text(), *FLAGS, version, platform.machine(), flags))
+    key = "\0".join((SOURCE.read_text(), *COMPILE_FLAGS, *LINK_FLAGS, version, platform.machine(), flags))
     folder = _cache_folder()
     path = folder / f"cpu-kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            fresh = Path(scratch) / path.name
+            fresh, compiled = Path(scratch) / path.name, Path(scratch) / "kernels.o"
             # libm last, since the vectorised expf comes out of it.
-            command = [compiler, *FLAGS, "-o", str(fresh), str(SOURCE), "-lm"]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S)
+            for command in (
+                [compiler, *COMPILE_FLAGS, "-c", "-o", str(compiled), str(SOURCE)],
+                [compiler, *LINK_FLAGS, "-o", str(fresh), str(compiled), "-lm"],
+            ):
+                subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S)
             fresh.replace(path)  # whole or not at all, also when several processes compile at once
         logger.info("compiled the CPU kernels into %s", path)
     return path
