@@ -35,7 +35,8 @@ void octavo_silu_and_mul(float *restrict out, const float *restrict gate_up, int
     for (int64_t row = 0; row < num_rows; row++) {
         const float *gate = gate_up + row * 2 * size, *up = gate + size;
         float *o = out + row * size;
-        for (int64_t i = 0; i < size; i++) o[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+        /* The exponential of more than 88 is infinite, and fast division by infinity is not a number. */
+        for (int64_t i = 0; i < size; i++) o[i] = gate[i] / (1.0f + expf(fminf(-gate[i], 80.0f))) * up[i];
     }
 }
 
