@@ -28,7 +28,8 @@ demo: $(INSTALLED) ## Deploy a real model to a real Kubernetes API and chat with
 	@$(BIN)/python tools/demo.py $(if $(KEEP),--keep) $(if $(filter current,$(CLUSTER)),--current-cluster)
 
 test: $(INSTALLED) lint ## Lint, type check, check the import contracts and run every test
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(if $(ARGS),,$(BIN)/python tests/cluster/binaries.py)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(or $(ARGS),--numprocesses=logical --maxprocesses=4 --dist=loadgroup)
 
 lint: $(INSTALLED) ## Ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check $(SOURCES)

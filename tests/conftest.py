@@ -1,3 +1,10 @@
-"""What all tests share: a real Kubernetes, started only if a test asks for it."""
+"""What all tests share: a real Kubernetes, started only if a test asks for it; Triton's interpreter without a GPU."""
+
+import os
+from pathlib import Path
+
+# Before anything imports a kernel: Triton reads it when a kernel is defined.
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest_plugins = ["plugin"]

@@ -291,3 +291,14 @@ class Progress:
         what = f"{self.done} of at most {self.total} packages" if self.total else "fetching modules"
         start, end = ("\r\x1b[K", "") if sys.stderr.isatty() else ("", "\n")
         print(f"{start}{self.title}: {what}, {elapsed} s", end=end, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Build everything that is not built yet."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    control_plane_binaries()
+    helm_binary()
+
+
+if __name__ == "__main__":
+    main()
