@@ -1,13 +1,39 @@
-"""Every op is tested twice: as it runs here, and on torch alone."""
+"""Where an op's tests run.
+
+A test of an op as the CPU runs it goes twice: with the C kernels and on torch alone. A test of a Triton kernel asks for
+`device`, or its module has an `implementation` of its own, and it goes once: on the GPU, or without one in Triton's
+interpreter.
+"""
+
+import os
+from collections.abc import Iterator
 
 import pytest
+import torch
 from octavo_kernels import native
 
 
-@pytest.fixture(autouse=True, params=["c", "torch"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" not in metafunc.fixturenames and not hasattr(metafunc.module, "implementation"):
+        metafunc.parametrize("implementation", ["c", "torch"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "torch":
+    name: str = getattr(request, "param", "c")
+    if name == "torch":
         monkeypatch.setattr(native, "cpu_kernels", lambda: None)
-    elif native.cpu_kernels() is None:
+    elif hasattr(request, "param") and native.cpu_kernels() is None:
         pytest.skip("there is no C compiler")
-    return request.param
+    return name
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """What Triton's kernels run on here, with NaN in the memory of every new tensor, so that a gap shows."""
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's kernels need a GPU or TRITON_INTERPRET=1")
+    torch.use_deterministic_algorithms(True)
+    yield torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+    torch.use_deterministic_algorithms(False)

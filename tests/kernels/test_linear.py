@@ -4,6 +4,7 @@ import pytest
 import torch
 from octavo_kernels.ops.linear import (
     FBGEMM_FLOAT16,
+    GPU,
     ONEDNN_FLOAT32,
     TORCH,
     TORCH_INT8,
@@ -11,12 +12,13 @@ from octavo_kernels.ops.linear import (
     activation_dtype,
     choose_linear,
     example_inputs,
+    linear_silu_and_mul,
     quantize_rows,
 )
 
 CPU = torch.device("cpu")
 # Largest error of a row's outputs, relative to their size.
-TOLERANCE = {TORCH: 1e-5, ONEDNN_FLOAT32: 1e-5, FBGEMM_FLOAT16: 3e-3, TORCH_INT8: 5e-2}
+TOLERANCE = {TORCH: 1e-5, GPU: 1e-5, ONEDNN_FLOAT32: 1e-5, FBGEMM_FLOAT16: 3e-3, TORCH_INT8: 5e-2}
 
 
 def available(kernel: LinearKernel) -> bool:
@@ -64,6 +66,17 @@ def test_a_row_does_not_depend_on_its_neighbours(kernel: LinearKernel) -> None:
         torch.testing.assert_close(layer(hidden[row : row + 1])[0], together[row], atol=1e-5, rtol=1e-4)
 
 
+def test_a_gate_and_its_projection_equal_their_formula(kernel: LinearKernel) -> None:
+    torch.manual_seed(0)
+    _, weight, bias = example_inputs(1, out_features=48)
+    hidden = torch.randn(5, weight.shape[1])
+    layer = kernel.pack(weight, bias)
+    gate, up = layer(hidden).double().chunk(2, dim=1)
+    output = linear_silu_and_mul(layer, hidden)
+    assert output.is_contiguous()
+    torch.testing.assert_close(output.double(), gate / (1 + torch.exp(-gate)) * up, atol=1e-5, rtol=1e-4)
+
+
 def test_rows_of_zeros_stay_finite(kernel: LinearKernel) -> None:
     weight = torch.randn(8, 64)
     weight[3] = 0
@@ -90,7 +103,10 @@ def test_the_choice_follows_device_and_type() -> None:
     assert choose_linear(CPU, torch.bfloat16, "none") is TORCH
     assert choose_linear(CPU, torch.bfloat16, "int8") is TORCH_INT8
     assert choose_linear(CPU, torch.float16, "none") in (FBGEMM_FLOAT16, TORCH)
-    assert choose_linear(torch.device("cuda"), torch.float16, "none") is TORCH
+    assert choose_linear(torch.device("cuda"), torch.float16, "none") is GPU
+    assert choose_linear(torch.device("cuda"), torch.bfloat16, "none") is GPU
+    assert choose_linear(torch.device("cuda"), torch.float32, "none") is TORCH
+    assert choose_linear(torch.device("cuda"), torch.bfloat16, "int8") is TORCH_INT8
     assert choose_linear(torch.device("cuda"), torch.float32, "int8") is TORCH_INT8
     assert choose_linear(CPU, torch.float32, "none") in (ONEDNN_FLOAT32, TORCH)
     assert activation_dtype(torch.float16, CPU) == torch.float32

@@ -1,33 +1,12 @@
-"""Paged attention against a naive float32 reference: one query token, one head at a time."""
+"""Paged attention in torch and in the C kernel, against a dense float64 reference."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from octavo_kernels.ops.attention_metadata import AttentionMetadata
-from octavo_kernels.ops.paged_attention import example_inputs, paged_attention
-
-
-def naive_attention(
-    query: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata, scale: float, window: int | None
-) -> torch.Tensor:
-    """Written from the definition, with a Python loop per token and head."""
-    _, _, block_size, num_kv_heads, _ = cache.shape
-    output = torch.full(query.shape, torch.nan)
-    row = 0
-    for seq, (query_len, context) in enumerate(zip(metadata.query_lens, metadata.context_lens, strict=True)):
-        for position in range(context - query_len, context):
-            first = 0 if window is None else max(0, position - window + 1)
-            seen = torch.arange(first, position + 1)
-            blocks = metadata.block_tables[seq, seen // block_size]
-            for head in range(query.shape[1]):
-                kv_head = head // (query.shape[1] // num_kv_heads)
-                keys, values = (cache[blocks, which, seen % block_size, kv_head].float() for which in (0, 1))
-                weights = torch.softmax(keys @ query[row, head].float() * scale, dim=0)
-                output[row, head] = weights @ values
-            row += 1
-    return output
-
+from attention_reference import dense_attention
+from octavo_kernels.ops.attention_metadata import Scoring
+from octavo_kernels.ops.paged_attention import example_inputs, paged_attention, plan_attention, run_attention
 
 BATCHES = {
     "one decode": ([1], [1]),
@@ -46,23 +25,24 @@ BATCHES = {
 @pytest.mark.parametrize(("query_lens", "context_lens"), BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("window", [None, 1, 4, 10], ids=lambda window: f"window-{window}")
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 2), (4, 4), (5, 1)])
-def test_equals_naive_reference(query_lens, context_lens, window, num_heads, num_kv_heads) -> None:
+def test_equals_dense_reference(query_lens, context_lens, window, num_heads, num_kv_heads) -> None:
     torch.manual_seed(0)
     query, cache, metadata = example_inputs(
         query_lens, context_lens, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=24, block_size=4
     )
     output = paged_attention(query, cache, metadata, scale=0.3, sliding_window=window)
     assert output.shape == query.shape
-    torch.testing.assert_close(output, naive_attention(query, cache, metadata, 0.3, window), atol=1e-5, rtol=1e-4)
+    expected = dense_attention(query, cache, metadata, Scoring(0.3), window)
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_bfloat16_stays_within_its_precision() -> None:
     torch.manual_seed(0)
     query, cache, metadata = example_inputs([1, 1, 5], [17, 40, 33])
-    expected = naive_attention(query.bfloat16(), cache.bfloat16(), metadata, 0.25, None)
+    expected = dense_attention(query.bfloat16(), cache.bfloat16(), metadata, Scoring(0.25))
     output = paged_attention(query.bfloat16(), cache.bfloat16(), metadata, scale=0.25)
     assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output.float(), expected, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(output.double(), expected, atol=2e-2, rtol=2e-2)
 
 
 def test_cache_may_be_narrower_than_the_query() -> None:
@@ -70,7 +50,8 @@ def test_cache_may_be_narrower_than_the_query() -> None:
     query, cache, metadata = example_inputs([1, 5], [17, 33])
     cache = cache.bfloat16()
     output = paged_attention(query, cache, metadata, scale=0.25)
-    torch.testing.assert_close(output, naive_attention(query, cache, metadata, 0.25, None), atol=1e-5, rtol=1e-4)
+    expected = dense_attention(query, cache, metadata, Scoring(0.25))
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_request_does_not_depend_on_its_neighbours() -> None:
@@ -94,7 +75,8 @@ def test_decodes_after_chunks_are_answered_in_their_rows() -> None:
     torch.manual_seed(0)
     query, cache, metadata = example_inputs([4, 1, 3, 1], [9, 12, 3, 50])
     output = paged_attention(query, cache, metadata, scale=0.25)
-    torch.testing.assert_close(output, naive_attention(query, cache, metadata, 0.25, None), atol=1e-5, rtol=1e-4)
+    expected = dense_attention(query, cache, metadata, Scoring(0.25))
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("window", [None, 1, 20])
@@ -106,4 +88,53 @@ def test_decodes_over_odd_lengths(num_heads: int, num_kv_heads: int, head_dim: i
         [1] * len(contexts), contexts, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=16
     )
     output = paged_attention(query, cache, metadata, scale=0.25, sliding_window=window)
-    torch.testing.assert_close(output, naive_attention(query, cache, metadata, 0.25, window), atol=1e-5, rtol=1e-4)
+    expected = dense_attention(query, cache, metadata, Scoring(0.25), window)
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+SCORINGS = {
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625, 2.0, 0.0])},
+    "softcap": {"softcap": 3.0},
+    "alibi and softcap": {"alibi_slopes": torch.full((6,), 0.3), "softcap": 1.5},
+    "cache scales": {"k_scale": 2.0, "v_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("scoring", SCORINGS.values(), ids=SCORINGS)
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("query_lens", "context_lens"), BATCHES.values(), ids=BATCHES)
+def test_scores_can_be_biased_capped_and_scaled(query_lens, context_lens, window, scoring) -> None:
+    torch.manual_seed(0)
+    query, cache, metadata = example_inputs(query_lens, context_lens, head_dim=24)
+    plan = plan_attention(metadata, cache, query.dtype, window)
+    output = run_attention(query, cache, plan, scale=0.4, **scoring)
+    expected = dense_attention(query, cache, metadata, Scoring(0.4, **scoring), window)
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_layers_of_one_plan_may_score_differently() -> None:
+    torch.manual_seed(0)
+    query, cache, metadata = example_inputs([1, 1, 3], [17, 40, 9], head_dim=24)
+    plan = plan_attention(metadata, cache, query.dtype)
+    for softcap in (0.0, 2.0, 0.0):
+        output = run_attention(query, cache, plan, scale=0.4, softcap=softcap)
+        expected = dense_attention(query, cache, metadata, Scoring(0.4, softcap=softcap))
+        torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_an_8_bit_cache_is_read_through_its_scales() -> None:
+    torch.manual_seed(0)
+    query, cache, metadata = example_inputs([1, 1, 5], [17, 40, 33])
+    cache = (cache / 0.02).to(torch.float8_e4m3fn)
+    plan = plan_attention(metadata, cache, query.dtype)
+    output = run_attention(query, cache, plan, scale=0.25, k_scale=0.02, v_scale=0.02)
+    expected = dense_attention(query, cache, metadata, Scoring(0.25, k_scale=0.02, v_scale=0.02))
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_tables_may_hold_32_bit_integers() -> None:
+    torch.manual_seed(0)
+    query, cache, metadata = example_inputs([1, 1, 5], [17, 40, 33])
+    narrow = replace(metadata, block_tables=metadata.block_tables.int(), seq_lens=metadata.seq_lens.int())
+    output = paged_attention(query, cache, narrow, scale=0.25)
+    torch.testing.assert_close(output, paged_attention(query, cache, metadata, scale=0.25))

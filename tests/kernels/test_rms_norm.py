@@ -2,9 +2,22 @@
 
 import pytest
 import torch
-from octavo_kernels.ops.rms_norm import add_rms_norm, example_inputs, rms_norm
+from octavo_kernels.ops.rms_norm import (
+    add_rms_norm,
+    add_rms_norm_triton,
+    example_inputs,
+    rms_norm,
+    rms_norm_triton,
+)
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+# The kernel rounds once, at the end: half a unit in the last place; a whole one for bfloat16, which the interpreter
+# cuts off.
+KERNEL_TOLERANCE = {
+    torch.float32: {"atol": 1e-5, "rtol": 1e-5},
+    torch.float16: {"atol": 1e-5, "rtol": 6e-4},
+    torch.bfloat16: {"atol": 1e-5, "rtol": 8e-3},
+}
 
 
 def reference(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -36,3 +49,67 @@ def test_fused_form_adds_the_residual_first(dtype: torch.dtype) -> None:
     output, total = add_rms_norm(hidden, residual, weight, eps)
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(output, rms_norm(expected, weight, eps))
+
+
+@pytest.mark.parametrize("dtype", KERNEL_TOLERANCE, ids=str)
+@pytest.mark.parametrize("hidden_size", [1, 63, 576, 5120, 16_384])
+@pytest.mark.parametrize("num_tokens", [1, 1000] if torch.cuda.is_available() else [1, 5])
+def test_kernel_equals_reference(num_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    torch.manual_seed(0)
+    hidden, weight, eps = example_inputs(num_tokens, hidden_size, dtype)
+    hidden, weight = hidden.to(device), weight.to(device)
+    output = rms_norm_triton(hidden, weight, eps)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), reference(hidden, weight, eps), **KERNEL_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", KERNEL_TOLERANCE, ids=str)
+@pytest.mark.parametrize("hidden_size", [63, 576])
+def test_kernel_normalises_the_sum_before_it_is_rounded(
+    hidden_size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    hidden, weight, eps = example_inputs(7, hidden_size, dtype)
+    hidden, weight = hidden.to(device), weight.to(device)
+    residual = torch.randn(7, hidden_size, device=device).to(dtype)
+    total = hidden.double() + residual.double()
+    output, stream = add_rms_norm_triton(hidden, residual, weight, eps)
+    assert stream is residual
+    torch.testing.assert_close(stream, total.to(dtype))
+    torch.testing.assert_close(output.double(), reference(total, weight, eps), **KERNEL_TOLERANCE[dtype])
+
+
+def test_kernel_takes_rows_that_lie_apart(device: torch.device) -> None:
+    torch.manual_seed(0)
+    wide = torch.randn(5, 3, 40, device=device)
+    before = wide.clone()
+    hidden, residual, weight = wide[:, 0], wide[:, 2], torch.randn(40, device=device)
+    output, total = add_rms_norm_triton(hidden, residual, weight, 1e-5)
+    torch.testing.assert_close(total, before[:, 0] + before[:, 2])
+    torch.testing.assert_close(output.double(), reference(total, weight, 1e-5), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(wide[:, :2], before[:, :2])
+
+
+def test_kernel_normalises_each_head(device: torch.device) -> None:
+    torch.manual_seed(0)
+    heads, weight = torch.randn(4, 3, 16, device=device), torch.randn(16, device=device)
+    torch.testing.assert_close(
+        rms_norm_triton(heads, weight, 1e-5).double(), reference(heads, weight, 1e-5), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("hidden", "residual", "weight"),
+    [
+        (torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(8)),
+        (torch.zeros(2, 8), torch.zeros(2, 8), torch.zeros(4)),
+        (torch.zeros(8, 2).T, torch.zeros(2, 8), torch.zeros(8)),
+        (torch.zeros(2, 16_385), torch.zeros(2, 16_385), torch.zeros(16_385)),
+    ],
+    ids=["residual", "weight", "strides", "too wide"],
+)
+def test_kernel_refuses_what_does_not_fit(
+    hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, device: torch.device
+) -> None:
+    with pytest.raises(ValueError, match=r"rows|fit"):
+        add_rms_norm_triton(hidden.to(device), residual.to(device), weight.to(device), 1e-5)

@@ -7,8 +7,10 @@ import torch
 from octavo_kernels.ops.rotary import (
     RopeScaling,
     apply_rotary,
+    apply_rotary_,
     example_inputs,
     rotary_cos_sin,
+    rotary_cos_sin_triton,
     rotary_frequencies,
 )
 
@@ -88,3 +90,48 @@ def test_factors_divide_one_frequency_each() -> None:
 def test_factors_must_fit_the_head() -> None:
     with pytest.raises(ValueError, match="3 frequency factors for 4 frequencies"):
         rotary_frequencies(8, 10_000.0, RopeScaling("factors", frequency_factors=(1.0, 2.0, 4.0)))
+
+
+def test_interleaved_pairs_are_neighbours() -> None:
+    torch.manual_seed(0)
+    heads, cos, sin = example_inputs(5, rotary_dim=8)
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7, *range(8, 16)])  # from neighbours to halves
+    expected = torch.empty_like(heads)
+    expected[..., order] = apply_rotary(heads[..., order], cos, sin)
+    torch.testing.assert_close(apply_rotary(heads, cos, sin, interleaved=True), expected)
+    apply_rotary_(heads, 2, cos, sin, interleaved=True)
+    torch.testing.assert_close(heads[:, :2], expected[:, :2])
+
+
+def test_rotates_in_float32_whatever_the_type_of_the_heads() -> None:
+    torch.manual_seed(0)
+    heads, cos, sin = example_inputs(5)
+    narrow = heads.bfloat16()
+    expected = apply_rotary(narrow.float(), cos, sin).bfloat16()
+    apply_rotary_(narrow, heads.shape[1], cos, sin)
+    torch.testing.assert_close(narrow, expected)
+
+
+@pytest.mark.parametrize("position_type", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3)], ids=str)
+@pytest.mark.parametrize("rotary_dim", [2, 20, 128])
+def test_table_kernel_equals_float64(
+    rotary_dim: int, dtype: torch.dtype, tolerance: float, position_type: torch.dtype, device: torch.device
+) -> None:
+    frequencies, _ = rotary_frequencies(rotary_dim, 10_000.0, RopeScaling())
+    positions = torch.tensor([0, 1, 17, 4095, 131_071, 1_000_003], dtype=position_type, device=device)
+    frequencies = frequencies.to(device)
+    cos, sin = rotary_cos_sin_triton(positions, frequencies, 1.5, dtype)
+    angles = (positions.float()[:, None] * frequencies).double()  # rounded as models were trained
+    assert cos.shape == sin.shape == (6, 1, rotary_dim)
+    assert cos.dtype == sin.dtype == dtype
+    expected_cos, expected_sin = 1.5 * angles.cos(), 1.5 * angles.sin()
+    for table, halves in ((cos, (expected_cos, expected_cos)), (sin, (-expected_sin, expected_sin))):
+        torch.testing.assert_close(table[:, 0].double(), torch.cat(halves, dim=-1), atol=tolerance, rtol=tolerance)
+
+
+def test_table_kernel_refuses_positions_of_two_dimensions(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="list of integers"):
+        rotary_cos_sin_triton(
+            torch.zeros(3, 4, dtype=torch.int64, device=device), torch.zeros(8, device=device), 1.0, torch.float32
+        )

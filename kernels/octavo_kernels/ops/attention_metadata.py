@@ -1,6 +1,8 @@
-"""What every attention kernel is told about a step: which tokens belong to which request, and where their KV lives."""
+"""What every attention kernel is told: about a step, which tokens belong to which request and where their KV lives;
+about a layer, how queries and keys become weights."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -9,12 +11,14 @@ import torch
 class AttentionMetadata:
     """One step's batch, requests in order: first those with one query token (decodes), then the longer chunks.
 
-    block_tables:    [num_seqs, max_blocks] int64, block ids; entries past a request's length are 0
-    seq_lens:        [num_seqs] int64, tokens of context including this step's
-    query_start_loc: [num_seqs + 1] int64, first row of each request in the flattened tokens
+    block_tables:    [num_seqs, max_blocks] int64 or int32, block ids; entries past a request's length are 0
+    seq_lens:        [num_seqs] int64 or int32, tokens of context including this step's; 0 = padding of a decode batch,
+                     whose output is finite and means nothing
+    query_start_loc: [num_seqs + 1] int64 or int32, first row of each request in the flattened tokens
     slot_mapping:    [num_tokens] int64, block_id * block_size + offset; -1 = padding, skipped
     num_decodes:     requests at the front that have exactly one query token
-    query_lens, context_lens: the same as host integers, so that no kernel choice waits for the device
+    query_lens, context_lens: the same as host integers, so that no kernel choice waits for the device; on a GPU only
+                     the query lengths of the chunks are read, so that a captured batch of decodes may change
     """
 
     block_tables: torch.Tensor
@@ -24,3 +28,30 @@ class AttentionMetadata:
     num_decodes: int
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scoring:
+    """How a layer scores keys and reads its cache.
+
+    score = cap(scale * k_scale * q.k) + alibi_slope * (key position - query position)
+    cap(x) = softcap * tanh(x / softcap), or x if softcap is 0
+    output = v_scale * softmax(scores) V
+
+    scale:        positive
+    alibi_slopes: [num_heads] float32 (https://arxiv.org/abs/2108.12409, up to a constant per query token)
+    k_scale, v_scale: what the cache's keys and values were divided by when they were written
+    """
+
+    scale: float
+    alibi_slopes: torch.Tensor | None = None
+    softcap: float = 0.0
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+
+class AttentionPlan(Protocol):
+    """What one step's attention consists of, for every layer with the window that it was planned for."""
+
+    def run(self, query: torch.Tensor, kv_cache_layer: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        """Attention of one layer, [num_tokens, num_heads, head_dim] in the query's type."""

@@ -1,14 +1,30 @@
-"""Rotary position embedding, NeoX style, and the frequency scalings that stretch a model's context."""
+"""Rotary position embedding, and the frequency scalings that stretch a model's context."""
+# Triton's kernels: untyped arguments, constexprs in capitals.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import triton
+import triton.language as tl
 
+from octavo_kernels.launch import VARIANTS, CompileExample, runs_triton, variant_of
 from octavo_kernels.native import kernels_for
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "factors"]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One program makes the tables of one token."""
+
+    num_warps: int = 1
+
+
+LAUNCH: Mapping[str, Launch] = dict.fromkeys(VARIANTS, Launch())
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +134,12 @@ def rotary_cos_sin(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and signed sine of each token's angles, both [num_tokens, 1, rotary_dim]; the same for every layer.
 
-    positions:   [num_tokens] int64
+    positions:   [num_tokens] int64 or int32
     frequencies: [rotary_dim / 2] float32
     The first half of the sine is negated, so that the rotation is x * cos + swap_halves(x) * sin.
     """
+    if runs_triton(positions):
+        return rotary_cos_sin_triton(positions, frequencies, factor, dtype)
     angles = positions.float()[:, None] * frequencies
     cos, sin = angles.cos() * factor, angles.sin() * factor
     return (
@@ -130,32 +148,85 @@ def rotary_cos_sin(
     )
 
 
-def apply_rotary(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+@triton.jit
+def _rotary_cos_sin_kernel(
+    cos_ptr, sin_ptr, positions_ptr, frequencies_ptr, factor,
+    NUM_PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per token, in float32. The angles are rounded as torch rounds them, and may be large."""
+    token = tl.program_id(0).to(tl.int64)
+    pairs = tl.arange(0, BLOCK)
+    mask = pairs < NUM_PAIRS
+    position = tl.load(positions_ptr + token).to(tl.float32)
+    angles = position * tl.load(frequencies_ptr + pairs, mask, other=0.0)  # [BLOCK]
+    cos, sin = tl.cos(angles) * factor, tl.sin(angles) * factor
+    first = token * 2 * NUM_PAIRS + pairs
+    tl.store(cos_ptr + first, cos.to(cos_ptr.dtype.element_ty), mask)
+    tl.store(cos_ptr + first + NUM_PAIRS, cos.to(cos_ptr.dtype.element_ty), mask)
+    tl.store(sin_ptr + first, (-sin).to(sin_ptr.dtype.element_ty), mask)
+    tl.store(sin_ptr + first + NUM_PAIRS, sin.to(sin_ptr.dtype.element_ty), mask)
+
+
+def rotary_cos_sin_triton(
+    positions: torch.Tensor, frequencies: torch.Tensor, factor: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotary_cos_sin` by the Triton kernel, in one launch. Raises ValueError if the arguments do not fit."""
+    if positions.ndim != 1 or not positions.is_contiguous() or positions.is_floating_point():
+        raise ValueError(f"positions are a contiguous list of integers, not {positions.dtype} {tuple(positions.shape)}")
+    if frequencies.ndim != 1 or not frequencies.is_contiguous() or frequencies.dtype != torch.float32:
+        raise ValueError(f"frequencies are a contiguous float32 list, not {frequencies.dtype} {frequencies.shape}")
+    num_tokens, num_pairs = len(positions), len(frequencies)
+    cos = torch.empty(num_tokens, 1, 2 * num_pairs, dtype=dtype, device=positions.device)
+    sin = torch.empty_like(cos)
+    _rotary_cos_sin_kernel[(num_tokens,)](
+        cos, sin, positions, frequencies, factor,
+        NUM_PAIRS=num_pairs, BLOCK=triton.next_power_of_2(num_pairs),
+        num_warps=LAUNCH[variant_of(positions.device)].num_warps, num_stages=1,
+    )  # fmt: skip
+    return cos, sin
+
+
+def apply_rotary(
+    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False
+) -> torch.Tensor:
     """Rotate queries or keys (or both, side by side): (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
 
-    heads:    [num_tokens, num_heads, head_dim], last dimension contiguous
-    cos, sin: from `rotary_cos_sin`; where rotary_dim < head_dim, the dimensions past it are left as they are
-    Returns   [num_tokens, num_heads, head_dim], contiguous
-    Source: RoFormer (https://arxiv.org/abs/2104.09864) with the pairs half a head apart, as in GPT-NeoX.
+    heads:       [num_tokens, num_heads, head_dim], last dimension contiguous
+    cos, sin:    from `rotary_cos_sin`; where rotary_dim < head_dim, the dimensions past it are left as they are
+    interleaved: the pairs are neighbours, as in GPT-J, instead of half a head apart, as in GPT-NeoX
+    Returns      [num_tokens, num_heads, head_dim], contiguous, in the wider of the two types
+    Source: RoFormer (https://arxiv.org/abs/2104.09864), equation 34.
     """
     rotary_dim = cos.shape[-1]
     rotated = heads[..., :rotary_dim]
-    first, second = rotated.chunk(2, dim=-1)
-    turned = torch.addcmul(rotated * cos, torch.cat((second, first), dim=-1), sin)
+    turned = _turn_neighbours(rotated, cos, sin) if interleaved else _turn_halves(rotated, cos, sin)
     if rotary_dim == heads.shape[-1]:
         return turned
     return torch.cat((turned, heads[..., rotary_dim:]), dim=-1)
 
 
-def apply_rotary_(heads: torch.Tensor, num_rotated: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+def _turn_halves(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = heads.chunk(2, dim=-1)
+    return torch.addcmul(heads * cos, torch.cat((second, first), dim=-1), sin)
+
+
+def _turn_neighbours(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = heads[..., 0::2], heads[..., 1::2]
+    cos, sin = cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[1]
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+
+
+def apply_rotary_(
+    heads: torch.Tensor, num_rotated: int, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False
+) -> None:
     """`apply_rotary` on the first `num_rotated` heads of each token, in place.
 
     heads: [num_tokens, num_heads, head_dim], contiguous: queries, keys and values as one projection makes them
     """
-    if kernels := kernels_for(heads, cos, sin):
+    if not interleaved and (kernels := kernels_for(heads, cos, sin)):
         kernels.rotate_(heads, num_rotated, cos, sin)
     else:
-        heads[:, :num_rotated] = apply_rotary(heads[:, :num_rotated], cos, sin)
+        heads[:, :num_rotated] = apply_rotary(heads[:, :num_rotated], cos, sin, interleaved=interleaved)
 
 
 def example_inputs(
@@ -166,3 +237,19 @@ def example_inputs(
     positions = torch.arange(num_tokens) * 17
     cos, sin = rotary_cos_sin(positions, frequencies, factor, torch.float32)
     return torch.randn(num_tokens, num_heads, head_dim), cos, sin
+
+
+def compile_examples(variant: str) -> list[CompileExample]:
+    """float32 tables for whole heads, and for the part of a head that Phi rotates."""
+    pointers = {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "positions_ptr": "*i64", "frequencies_ptr": "*fp32"}
+    return [
+        CompileExample(
+            name=f"rotary_cos_sin rotary_dim={rotary_dim}",
+            function=_rotary_cos_sin_kernel,
+            signature=pointers | {"factor": "fp32"},
+            constexprs={"NUM_PAIRS": rotary_dim // 2, "BLOCK": triton.next_power_of_2(rotary_dim // 2)},
+            num_warps=LAUNCH[variant].num_warps,
+            num_stages=1,
+        )
+        for rotary_dim in (128, 20)
+    ]

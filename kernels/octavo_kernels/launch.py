@@ -1,0 +1,98 @@
+"""Which variant of a Triton kernel a device runs, and how an op shows its kernels to a compiler that has no GPU.
+
+Each op's file holds a table `LAUNCH` with the launch parameters of every variant in `VARIANTS`, so a lookup that fails
+is a bug. This module knows no op.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from octavo_kernels.hardware import GENERIC, HARDWARE, identify_gpu
+
+logger = logging.getLogger(__name__)
+
+_interprets_cpu: ContextVar[bool] = ContextVar("interprets_cpu", default=False)
+
+VARIANTS: tuple[str, ...] = tuple(sorted({row.kernel_variant for row in (*HARDWARE, GENERIC) if row.is_gpu}))
+
+# Variants whose devices all convert to float8; Triton refuses the type elsewhere.
+FLOAT8_VARIANTS: frozenset[str] = frozenset(VARIANTS) - {
+    row.kernel_variant for row in (*HARDWARE, GENERIC) if "float8_e4m3fn" not in row.dtypes
+}
+
+# What Triton assumes of an argument that is a multiple of 16 when it launches; wide loads and stores need it.
+_MULTIPLE_OF_16 = [["tt.divisibility", 16]]
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether an op computes this tensor with its Triton kernel: on a GPU, and wherever `interpret_on_cpu` holds."""
+    return tensor.is_cuda or _interprets_cpu.get()
+
+
+@contextmanager
+def interpret_on_cpu() -> Iterator[None]:
+    """Have tensors of a CPU take the way of a GPU's, through Triton's interpreter (TRITON_INTERPRET=1). For tests."""
+    token = _interprets_cpu.set(True)
+    try:
+        yield
+    finally:
+        _interprets_cpu.reset(token)
+
+
+@functools.cache
+def variant_of(device: torch.device) -> str:
+    """The kernel variant that the hardware table gives a GPU; "generic" for a GPU that the table does not know.
+
+    Tensors of a CPU reach a kernel only through Triton's interpreter, which runs the generic variant.
+    """
+    if device.type != "cuda":
+        return GENERIC.kernel_variant
+    properties = torch.cuda.get_device_properties(device)
+    match = identify_gpu(properties.name, (properties.major, properties.minor), properties.total_memory >> 20)
+    logger.info("%s runs the %s kernels: %s", device, match.hardware.kernel_variant, match.detail)
+    return match.hardware.kernel_variant
+
+
+@dataclass(frozen=True, slots=True)
+class CompileExample:
+    """A kernel with the types of one real launch: all that compiling it takes, without tensors.
+
+    name:       op and shape
+    function:   what `triton.jit` made
+    signature:  type of each argument of the run time, as Triton writes it: "*bf16", "i32", "fp32"
+    constexprs: value of each constexpr
+    """
+
+    name: str
+    function: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, object]
+    num_warps: int
+    num_stages: int
+
+
+def compile_example(example: CompileExample, capability: int) -> Any:
+    """Compile for a compute capability, such as 90, into what `triton.compile` returns. Needs no GPU.
+
+    Pointers and strides (arguments that end in `_ptr` and `_stride`) count as multiples of 16, as in a real launch.
+    """
+    names = example.function.arg_names
+    signature = {name: "constexpr" if name in example.constexprs else example.signature[name] for name in names}
+    attributes = {
+        (index,): _MULTIPLE_OF_16
+        for index, name in enumerate(names)
+        if name in example.signature and name.endswith(("_ptr", "_stride"))
+    }
+    source = ASTSource(example.function, signature, dict(example.constexprs), attributes)
+    options = {"num_warps": example.num_warps, "num_stages": example.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
