@@ -70,8 +70,8 @@ def weight_bytes(geometry: Geometry, hardware: Hardware, dtype: str, quantizatio
     itemsize = DTYPE_BYTES[dtype]
     linear = geometry.num_linear_parameters * itemsize
     if quantization == "int8":
-        heads = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
-        channels = geometry.num_layers * (heads + 2 * geometry.hidden_size + 2 * geometry.intermediate_size)
+        outputs = geometry.num_qkv_features + geometry.num_up_features + 2 * geometry.hidden_size
+        channels = geometry.num_layers * outputs
         linear = geometry.num_linear_parameters + channels * itemsize
     packed = 0 if hardware.is_gpu or not geometry.tie_word_embeddings else geometry.num_embedding_parameters
     rest = geometry.num_embedding_parameters + packed + geometry.num_other_parameters
@@ -174,10 +174,10 @@ def _default_seqs(hardware: Hardware) -> int:
 
 
 def _activation_bytes(geometry: Geometry, dtype: str, num_tokens: int, num_seqs: int) -> int:
-    """The widest moment of a step: gate and up projections beside the residual, or the logits in fp32."""
+    """The widest moment of a step: the MLP's projections beside the residual, or the logits in fp32."""
     itemsize = DTYPE_BYTES[dtype]
-    heads = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
-    layer = num_tokens * itemsize * (3 * geometry.hidden_size + heads + 3 * geometry.intermediate_size)
+    mlp = geometry.num_up_features + geometry.intermediate_size
+    layer = num_tokens * itemsize * (3 * geometry.hidden_size + geometry.num_qkv_features + mlp)
     logits = 3 * num_seqs * geometry.vocab_size * 4
     return layer + logits
 

@@ -19,6 +19,7 @@ ENVIRONMENT_PREFIX = "OCTAVO_"
 DataType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
+LoadFormat = Literal["auto", "dummy"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -45,6 +46,11 @@ class EngineConfig(BaseModel):
         description="Data type of weights and activations; auto: the model's on a GPU, float32 on a CPU. "
         "float16 on a CPU: weights only, activations in float32.",
     )
+    load_format: LoadFormat = Field(
+        "auto",
+        description="Where weights come from: auto reads the model's files; dummy draws random ones, for measurements "
+        "without a checkpoint, so that the model's folder needs nothing but config.json.",
+    )
     quantization: Quantization = Field(
         "none",
         description="Weights of linear layers: none keeps the dtype; int8, with one scale per output "
@@ -68,6 +74,9 @@ class EngineConfig(BaseModel):
         description="Memory that the engine may use in GiB; default: the device's, or the container's.",
     )
     enable_prefix_caching: bool = Field(True, description="Share KV blocks between requests with equal prefixes.")
+    enable_cuda_graphs: bool = Field(
+        True, description="Capture decode steps as CUDA graphs; without them each kernel is launched by the host."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds requests that bring no seed of their own.")
     num_threads: PositiveInt | None = Field(None, description="CPU threads of the engine; default: all it may use.")
     chat_template: str | None = Field(None, description="File with a Jinja chat template; default: the model's own.")

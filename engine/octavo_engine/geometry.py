@@ -6,8 +6,8 @@ not how a layer computes.
 
 import json
 from collections import ChainMap
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +19,16 @@ DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8"
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Shapes of a decoder-only transformer.
+    """Shapes of a decoder-only transformer. The defaults are LLaMA's.
 
-    architecture: the class name of `config.json`, such as LlamaForCausalLM
-    dtype:        data type of the checkpoint's weights; for quantised GGUF files the type they dequantise to
+    architecture:       the class name of `config.json`, such as LlamaForCausalLM
+    dtype:              data type of the checkpoint's weights; for quantised GGUF files the type they dequantise to
+    has_attention_bias: of the query, key and value projections; has_output_bias: of the one after attention
+    sliding_window:     tokens that a layer with a window sees; None: no layer has one
+    has_qk_norm:        each query and key head is normalised, with one weight for all heads of a layer
+    has_gated_mlp:      two projections up, one of them the gate of the other; else one
+    has_norm_bias:      norms have a bias beside their weight
+    num_layer_norms:    norms of the residual stream in each layer
     """
 
     architecture: str
@@ -39,14 +45,28 @@ class Geometry:
     has_attention_bias: bool = False
     has_mlp_bias: bool = False
     sliding_window: int | None = None
+    has_output_bias: bool = False
+    has_qk_norm: bool = False
+    has_gated_mlp: bool = True
+    has_norm_bias: bool = False
+    num_layer_norms: int = 2
+
+    @property
+    def num_qkv_features(self) -> int:
+        """Outputs of a layer's query, key and value projections."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def num_up_features(self) -> int:
+        """Outputs of what comes first in a layer's MLP."""
+        return self.intermediate_size * (2 if self.has_gated_mlp else 1)
 
     @property
     def num_linear_parameters(self) -> int:
         """Weights of the attention and MLP projections: what a quantisation of linear layers shrinks."""
-        q_and_o = 2 * self.hidden_size * self.num_heads * self.head_dim
-        k_and_v = 2 * self.hidden_size * self.num_kv_heads * self.head_dim
-        gated_mlp = 3 * self.hidden_size * self.intermediate_size
-        return self.num_layers * (q_and_o + k_and_v + gated_mlp)
+        attention = self.hidden_size * (self.num_qkv_features + self.num_heads * self.head_dim)
+        mlp = self.hidden_size * (self.num_up_features + self.intermediate_size)
+        return self.num_layers * (attention + mlp)
 
     @property
     def num_embedding_parameters(self) -> int:
@@ -56,11 +76,12 @@ class Geometry:
     @property
     def num_other_parameters(self) -> int:
         """Norms and biases."""
-        norms = (2 * self.num_layers + 1) * self.hidden_size
-        heads = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        attention = (heads + self.hidden_size) * self.num_layers if self.has_attention_bias else 0
-        mlp = (2 * self.intermediate_size + self.hidden_size) * self.num_layers if self.has_mlp_bias else 0
-        return norms + attention + mlp
+        norms = (self.num_layers * self.num_layer_norms + 1) * self.hidden_size * (2 if self.has_norm_bias else 1)
+        qk_norms = 2 * self.head_dim if self.has_qk_norm else 0
+        attention = self.num_qkv_features if self.has_attention_bias else 0
+        output = self.hidden_size if self.has_output_bias else 0
+        mlp = self.num_up_features + self.hidden_size if self.has_mlp_bias else 0
+        return norms + self.num_layers * (qk_norms + attention + output + mlp)
 
     @property
     def num_parameters(self) -> int:
@@ -96,6 +117,12 @@ def geometry_from_config(config: Mapping[str, Any]) -> Geometry:
     """
     config = {**config, **config.get("text_config", {})}
     architectures = config.get("architectures") or [str(config.get("model_type", "unknown"))]
+    architecture = str(architectures[0])
+    return _READERS.get(architecture, _read_llama)(architecture, config)
+
+
+def _read_llama(architecture: str, config: Mapping[str, Any]) -> Geometry:
+    """LLaMA's spelling, which most families share; the others translate theirs into it."""
     hidden_size = _count(config, "hidden_size")
     num_heads = _count(config, "num_attention_heads")
     num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
@@ -103,8 +130,9 @@ def geometry_from_config(config: Mapping[str, Any]) -> Geometry:
         raise UnsupportedModelError(
             f"config.json: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}"
         )
+    has_attention_bias = bool(config.get("attention_bias", False))
     return Geometry(
-        architecture=str(architectures[0]),
+        architecture=architecture,
         num_layers=_count(config, "num_hidden_layers"),
         hidden_size=hidden_size,
         num_heads=num_heads,
@@ -115,10 +143,68 @@ def geometry_from_config(config: Mapping[str, Any]) -> Geometry:
         max_position_embeddings=_count(config, "max_position_embeddings"),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        has_attention_bias=bool(config.get("attention_bias", False)),
+        has_attention_bias=has_attention_bias,
         has_mlp_bias=bool(config.get("mlp_bias", False)),
-        sliding_window=config.get("sliding_window"),
+        sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+        has_output_bias=has_attention_bias,
     )
+
+
+def _read_qwen2(architecture: str, config: Mapping[str, Any]) -> Geometry:
+    common = _read_llama(architecture, {"use_sliding_window": False, **config})
+    return replace(common, has_attention_bias=True, has_output_bias=False)
+
+
+def _read_qwen3(architecture: str, config: Mapping[str, Any]) -> Geometry:
+    common = _read_llama(architecture, {"use_sliding_window": False, "head_dim": 128, **config})
+    return replace(common, has_qk_norm=True)
+
+
+def _read_gpt_neox(architecture: str, config: Mapping[str, Any]) -> Geometry:
+    common = _read_llama(architecture, {"attention_bias": True, **config, "mlp_bias": True})
+    return replace(common, has_gated_mlp=False, has_norm_bias=True)
+
+
+def _read_falcon(architecture: str, config: Mapping[str, Any]) -> Geometry:
+    """Published files leave much to defaults: the sizes of the MLP and the context, and that embeddings are tied."""
+    has_bias = bool(config.get("bias", False))
+    common = _read_llama(
+        architecture,
+        {
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+            **config,
+            "num_key_value_heads": _num_falcon_kv_heads(config),
+            "intermediate_size": config.get("ffn_hidden_size") or 4 * _count(config, "hidden_size"),
+            "attention_bias": has_bias,
+            "mlp_bias": has_bias,
+        },
+    )
+    num_norms = _num_falcon_norms(config)
+    return replace(common, has_gated_mlp=False, has_norm_bias=True, num_layer_norms=num_norms)
+
+
+def _num_falcon_kv_heads(config: Mapping[str, Any]) -> int | None:
+    """None: as many as query heads."""
+    if config.get("new_decoder_architecture"):
+        return config.get("num_kv_heads")
+    return 1 if config.get("multi_query", True) else None
+
+
+def _num_falcon_norms(config: Mapping[str, Any]) -> int:
+    """Attention and MLP that read the same input share its norm, unless the newer architecture gives each its own."""
+    if config.get("new_decoder_architecture"):
+        return int(config.get("num_ln_in_parallel_attn") or 2)
+    return 1 if config.get("parallel_attn", True) else 2
+
+
+# Architecture -> how its config.json is read, where that differs from LLaMA's.
+_READERS: Mapping[str, Callable[[str, Mapping[str, Any]], Geometry]] = {
+    "Qwen2ForCausalLM": _read_qwen2,
+    "Qwen3ForCausalLM": _read_qwen3,
+    "GPTNeoXForCausalLM": _read_gpt_neox,
+    "FalconForCausalLM": _read_falcon,
+}
 
 
 def _count(config: Mapping[str, Any], name: str) -> int:
@@ -128,7 +214,11 @@ def _count(config: Mapping[str, Any], name: str) -> int:
     return value
 
 
-GGUF_ARCHITECTURES: dict[str, str] = {"llama": "LlamaForCausalLM"}
+GGUF_ARCHITECTURES: dict[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 def read_gguf_metadata(path: Path) -> Mapping[str, Any]:
@@ -174,5 +264,7 @@ def geometry_from_gguf(metadata: Mapping[str, Any]) -> Geometry:
         max_position_embeddings=number("context_length"),
         tie_word_embeddings="output.weight" not in metadata["octavo.tensor_names"],
         dtype="float32",
+        has_attention_bias=name == "qwen2",
         sliding_window=metadata.get(f"{name}.attention.sliding_window"),
+        has_qk_norm=name == "qwen3",
     )

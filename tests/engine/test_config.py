@@ -50,6 +50,7 @@ def test_the_served_name_is_the_last_part_of_the_address(model: str, name: str) 
         pytest.param({}, {}, "model: m\nprot: 1", "there is no such field", id="misspelt field"),
         pytest.param({}, {}, "- a\n- b", "must hold a mapping", id="not a mapping"),
         pytest.param({}, {}, "a: [", "is not YAML", id="not YAML"),
+        pytest.param({"model": "m", "load_format": "none"}, {}, "", "--load-format='none'", id="load format"),
         pytest.param({"model": "m", "dtype": "int4"}, {}, "", "--dtype='int4': input should be 'auto'", id="choice"),
     ],
 )

@@ -1,12 +1,14 @@
 """Weights from GGUF: every quantisation, names, the permutation of query and key rows, and rope factors."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from engine.paged_runner import PagedRunner, load, random_prompts, reference_logits
 from octavo_engine.errors import ModelSourceError, UnsupportedModelError
 from octavo_engine.geometry import Geometry, read_geometry
 from octavo_engine.gguf_file import GgufFile
@@ -24,9 +26,11 @@ TOLERANCE = {
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, MLP, VOCAB = 4, 2, 16, 64, 96, 10
 
 
-def write_gguf(path: Path, tensors: dict[str, tuple[np.ndarray, Types]], **pairs: float | str) -> Path:
+def write_gguf(
+    path: Path, tensors: dict[str, tuple[np.ndarray, Types]], *, architecture: str = "llama", **pairs: float | str
+) -> Path:
     """pairs: GGUF keys with __ for the dot, written as uint32, float32 or string."""
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     for key, value in pairs.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(key.replace("__", "."), value)
@@ -138,6 +142,45 @@ def test_a_whole_model_loads_with_its_rows_in_order(tmp_path: Path) -> None:
     columns = loaded.model.get_submodule("model.layers.0.self_attn.qkv_proj")(torch.eye(HIDDEN))
     expected = np.concatenate([plain[f"blk.0.attn_{part}.weight"] for part in "qkv"])
     torch.testing.assert_close(columns.T, torch.from_numpy(expected), atol=1e-6, rtol=1e-6)
+
+
+def convert_to_gguf(folder: Path, architecture: str, path: Path) -> Path:
+    """What llama.cpp's converter makes of a folder of an architecture whose rows it leaves alone."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = model.config
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tensors = {
+        names.get_name(name, try_suffixes=(".weight", ".bias")): (parameter.detach().numpy(), Types.F32)
+        for name, parameter in model.state_dict().items()
+        if name not in tied
+    }
+    pairs = {
+        "block_count": config.num_hidden_layers, "embedding_length": config.hidden_size,
+        "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
+        "feed_forward_length": config.intermediate_size, "context_length": config.max_position_embeddings,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.freq_base": 10_000.0,
+        "vocab_size": config.vocab_size,
+    }  # fmt: skip
+    if head_dim := getattr(config, "head_dim", None):
+        pairs |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    prefixed = {f"{architecture}.{key}": value for key, value in pairs.items()}
+    return write_gguf(path, tensors, architecture=architecture, **prefixed)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [("Qwen2", {}), ("Qwen2", {"tie_word_embeddings": True}), ("Qwen3", {}), ("Qwen3", {"tie_word_embeddings": True})],
+)
+def test_qwen_equals_transformers(family, fields, tiny_model_dir, tmp_path: Path) -> None:
+    folder = tiny_model_dir(family, **fields)
+    path = convert_to_gguf(folder, family.lower(), tmp_path / "a.gguf")
+    assert replace(read_geometry(path), dtype="") == replace(read_geometry(folder), dtype="")
+    prompts = random_prompts(131, [30])
+    logits = PagedRunner(load(path).model, prompts).run([13, 1])
+    torch.testing.assert_close(logits[0], reference_logits(folder, prompts)[0], atol=1e-4, rtol=1e-4)
 
 
 def test_rope_factors_become_part_of_the_configuration(tmp_path: Path) -> None:

@@ -1,112 +1,20 @@
 """The LLaMA family against `transformers`, through the paged path: several requests, chunked at odd boundaries."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from engine.paged_runner import PagedRunner, load, random_prompts, reference_logits
 from octavo_engine.errors import ModelSourceError, UnsupportedModelError
 from octavo_engine.geometry import read_geometry
-from octavo_engine.loading.loader import LoadedModel, load_model
+from octavo_engine.loading.loader import load_model
 from octavo_engine.model_source import ModelFiles
-from octavo_engine.models import Model, ModelRegistry, find_model_class
-from octavo_kernels.ops.attention_metadata import AttentionMetadata
+from octavo_engine.models import ModelRegistry, find_model_class
 
-BLOCK_SIZE = 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from threads, and on a busy machine threads that wait for each other lose much."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-def load(path: Path, quantization: str = "none") -> LoadedModel:
-    files = ModelFiles(str(path), path)
-    return load_model(
-        files, read_geometry(path), torch.float32, torch.device("cpu"), quantization, lambda fraction, text: None
-    )
-
-
-class PagedRunner:
-    """Runs prompts through a model in chunks, every request with blocks of its own, scattered over the cache."""
-
-    def __init__(self, model: Model, prompts: Sequence[Sequence[int]]) -> None:
-        geometry = model.geometry
-        self.model, self.prompts = model, prompts
-        self.num_computed = [0] * len(prompts)
-        num_blocks = [-(-len(prompt) // BLOCK_SIZE) for prompt in prompts]
-        free = iter((torch.randperm(sum(num_blocks)) + 1).tolist())
-        self.blocks = [[next(free) for _ in range(count)] for count in num_blocks]
-        shape = (sum(num_blocks) + 1, geometry.num_layers, 2, BLOCK_SIZE, geometry.num_kv_heads, geometry.head_dim)
-        self.kv_cache = torch.full(shape, torch.nan)
-
-    def run(self, chunk_sizes: Sequence[int]) -> list[torch.Tensor]:
-        """All logits of each prompt; step i computes at most chunk_sizes[i % len] tokens of each request."""
-        logits: list[list[torch.Tensor]] = [[] for _ in self.prompts]
-        step = 0
-        with torch.inference_mode():
-            while any(done < len(prompt) for done, prompt in zip(self.num_computed, self.prompts, strict=True)):
-                size = chunk_sizes[step % len(chunk_sizes)]
-                step += 1
-                for seq, rows in self._step(size):
-                    logits[seq].append(rows)
-        return [torch.cat(rows) for rows in logits]
-
-    def _step(self, size: int) -> list[tuple[int, torch.Tensor]]:
-        chunks = {
-            seq: range(done, min(done + size, len(prompt)))
-            for seq, (done, prompt) in enumerate(zip(self.num_computed, self.prompts, strict=True))
-            if done < len(prompt)
-        }
-        order = sorted(chunks, key=lambda seq: len(chunks[seq]) > 1)
-        tokens = [self.prompts[seq][position] for seq in order for position in chunks[seq]]
-        positions = torch.tensor([position for seq in order for position in chunks[seq]])
-        metadata = self._metadata(order, chunks)
-        hidden = self.model(torch.tensor(tokens), positions, self.kv_cache, metadata)
-        results = []
-        for seq, rows in zip(order, hidden.split(list(metadata.query_lens)), strict=True):
-            results.append((seq, self.model.compute_logits(rows)))
-            self.num_computed[seq] = chunks[seq].stop
-        return results
-
-    def _metadata(self, order: Sequence[int], chunks: dict[int, range]) -> AttentionMetadata:
-        width = max(len(self.blocks[seq]) for seq in order)
-        tables = torch.tensor([self.blocks[seq] + [0] * (width - len(self.blocks[seq])) for seq in order])
-        slots = [
-            self.blocks[seq][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-            for seq in order
-            for position in chunks[seq]
-        ]
-        query_lens = [len(chunks[seq]) for seq in order]
-        return AttentionMetadata(
-            block_tables=tables,
-            seq_lens=torch.tensor([chunks[seq].stop for seq in order]),
-            query_start_loc=torch.tensor([0, *query_lens]).cumsum(0),
-            slot_mapping=torch.tensor(slots),
-            num_decodes=query_lens.count(1),
-            query_lens=tuple(query_lens),
-            context_lens=tuple(chunks[seq].stop for seq in order),
-        )
-
-
-def reference_logits(folder: Path, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        return [model(torch.tensor([list(prompt)])).logits[0] for prompt in prompts]
-
-
-def random_prompts(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -1,37 +1,62 @@
-"""Self-attention over the paged KV cache, with grouped KV heads and rotary positions."""
+"""Self-attention over the paged KV cache, with grouped KV heads."""
 
 import torch
-from octavo_kernels.ops.kv_write import write_kv_rows
 from octavo_kernels.ops.paged_attention import run_attention
-from octavo_kernels.ops.rotary import apply_rotary_
+from octavo_kernels.ops.rotate_and_write_kv import rotate_and_write_kv
 
+from octavo_engine.geometry import Geometry
 from octavo_engine.layers.layer import Layer
-from octavo_engine.layers.linear import Linear
+from octavo_engine.layers.linear import FusedHeads, Linear
+from octavo_engine.layers.norm import RmsNorm
 from octavo_engine.layers.step import Step
 
 
 class Attention(Layer):
-    """Projections, rotation, KV write, attention, output projection."""
+    """Projections, normalisation of heads, rotation, KV write, attention, output projection.
+
+    sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None: its whole context
+    is_fused:       the checkpoint keeps queries, keys and values in one tensor, head by head
+    qk_norm_eps:    of the heads' normalisation, where the geometry has it
+    alibi_slopes:   [num_heads] float32, what a head adds to its scores for each token of distance
+    """
+
+    alibi_slopes: torch.Tensor | None
 
     def __init__(
-        self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, *, bias: bool, output_bias: bool
+        self,
+        geometry: Geometry,
+        *,
+        sliding_window: int | None = None,
+        is_fused: bool = False,
+        qk_norm_eps: float = 1e-6,
+        alibi_slopes: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.scale = head_dim**-0.5
-        kv_size = num_kv_heads * head_dim
-        self.qkv_proj = Linear(
-            hidden_size, {"q_proj": num_heads * head_dim, "k_proj": kv_size, "v_proj": kv_size}, bias=bias
-        )
-        self.o_proj = Linear(num_heads * head_dim, {"o_proj": hidden_size}, bias=output_bias)
+        self.num_heads, self.num_kv_heads, self.head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
+        self.scale = self.head_dim**-0.5
+        self.sliding_window, self.qk_norm_eps = sliding_window, qk_norm_eps
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        parts, fused = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}, None
+        if is_fused:
+            parts, fused = {"qkv_proj": q_size + 2 * kv_size}, FusedHeads(self.num_kv_heads, self.head_dim)
+        self.qkv_proj = Linear(geometry.hidden_size, parts, bias=geometry.has_attention_bias, fused=fused)
+        self.q_norm = RmsNorm(self.head_dim, qk_norm_eps) if geometry.has_qk_norm else None
+        self.k_norm = RmsNorm(self.head_dim, qk_norm_eps) if geometry.has_qk_norm else None
+        self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
+        self.o_proj = Linear(q_size, {"o_proj": geometry.hidden_size}, bias=geometry.has_output_bias)
 
     def forward(self, hidden: torch.Tensor, kv_cache_layer: torch.Tensor, step: Step) -> torch.Tensor:
         """[num_tokens, hidden_size] -> the same; the step's keys and values land in the cache."""
         heads = self.qkv_proj(hidden).view(len(hidden), -1, self.head_dim)
-        num_rotated = self.num_heads + self.num_kv_heads
-        apply_rotary_(heads, num_rotated, step.cos, step.sin)
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        write_kv_rows(key, value, kv_cache_layer, step.kv_rows)
-        attended = run_attention(query, kv_cache_layer, step.plan, scale=self.scale)
+        cos, sin = step.rotary or (None, None)
+        rotate_and_write_kv(
+            heads, self.num_heads, self.num_kv_heads, cos, sin, kv_cache_layer, step.kv_rows,
+            q_norm_weight=self.q_norm.weight if self.q_norm else None,
+            k_norm_weight=self.k_norm.weight if self.k_norm else None,
+            eps=self.qk_norm_eps,
+        )  # fmt: skip
+        query = heads[:, : self.num_heads]
+        plan = step.plans[self.sliding_window]
+        attended = run_attention(query, kv_cache_layer, plan, scale=self.scale, alibi_slopes=self.alibi_slopes)
         output: torch.Tensor = self.o_proj(attended.reshape(len(hidden), -1))
         return output

@@ -43,5 +43,5 @@ class OutputLayer(Layer):
         return 0 if self._tied and kernel.name == "torch" else self._packed.num_bytes
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_rows, hidden_size] -> [num_rows, vocab_size] float32."""
-        return self._packed(hidden).float()
+        """[num_rows, hidden_size] -> [num_rows, vocab_size]."""
+        return self._packed(hidden)

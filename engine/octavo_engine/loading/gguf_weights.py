@@ -1,7 +1,7 @@
 """Weights from a GGUF file, dequantised to float32 under Hugging Face's names.
 
-llama.cpp rotates neighbouring dimensions where Hugging Face rotates dimensions half a head apart, so its converter
-permutes the rows of the query and key projections; that is undone here.
+llama.cpp rotates neighbouring dimensions of LLaMA's heads where Hugging Face rotates dimensions half a head apart, so
+its converter permutes the rows of the query and key projections; that is undone here.
 """
 
 import re
@@ -20,7 +20,7 @@ from octavo_engine.loading.weight_source import StoredTensor
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
-# GGUF's name of a tensor without its suffix (.weight, .bias) -> Hugging Face's, for the llama architecture.
+# GGUF's name of a tensor without its suffix (.weight, .bias) -> Hugging Face's, for all architectures that are read.
 TENSOR_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -29,7 +29,9 @@ TENSOR_NAMES = {
 LAYER_TENSOR_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
+    "attn_q_norm": "self_attn.q_norm",
     "attn_k": "self_attn.k_proj",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
@@ -37,6 +39,8 @@ LAYER_TENSOR_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Architectures whose query and key rows are permuted.
+PERMUTED = frozenset({"llama"})
 # Divisors of the rotary frequencies: part of the configuration, not a weight.
 FREQUENCY_FACTORS = "rope_freqs.weight"
 
@@ -67,6 +71,8 @@ class GgufWeights:
 
     def _read(self, tensor: GgufTensor, name: str) -> torch.Tensor:
         weight = torch.from_numpy(read_tensor(self._file, tensor))
+        if self._file.architecture not in PERMUTED:
+            return weight
         if ".q_proj." in name:
             return _unpermute(weight, self._geometry.num_heads)
         if ".k_proj." in name:

@@ -9,12 +9,14 @@ from octavo_kernels.native import cpu_kernels
 from octavo_kernels.ops.linear import Quantization, activation_dtype, choose_linear
 from torch import nn
 
+from octavo_engine.config import LoadFormat
 from octavo_engine.errors import UnsupportedModelError
 from octavo_engine.geometry import Geometry
 from octavo_engine.gguf_file import GgufFile
 from octavo_engine.layers.embedding import Embedding, OutputLayer
-from octavo_engine.layers.linear import Linear
-from octavo_engine.layers.norm import RmsNorm
+from octavo_engine.layers.linear import FusedHeads, Linear
+from octavo_engine.layers.norm import Norm
+from octavo_engine.loading.dummy_weights import fill_dummy_parameters
 from octavo_engine.loading.gguf_weights import GgufWeights
 from octavo_engine.loading.model_config import config_from_gguf, read_model_config
 from octavo_engine.loading.safetensors_weights import SafetensorsWeights
@@ -26,7 +28,7 @@ from octavo_engine.models import Model, find_model_class
 ProgressCallback = Callable[[float, str], None]
 
 # Buffers that old checkpoints store although they follow from the configuration.
-_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.(attn|self_attn)\.(masked_)?bias")
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.(attn|self_attn|attention)\.(masked_)?bias")
 _MAX_NAMES = 5
 
 
@@ -41,12 +43,16 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slot:
-    """Where one of the checkpoint's tensors goes: rows `start` to `stop` of a module's parameter."""
+    """Where one of the checkpoint's tensors goes: rows `start` to `stop` of a module's parameter.
+
+    fused: how the checkpoint orders these rows, where it is not the module's order
+    """
 
     module: nn.Module
     parameter: str
     start: int
     stop: int
+    fused: FusedHeads | None = None
 
 
 def load_model(
@@ -58,22 +64,27 @@ def load_model(
     on_progress: ProgressCallback,
     *,
     max_model_len: int | None = None,
+    load_format: LoadFormat = "auto",
 ) -> LoadedModel:
     """Build the model of `files` with its weights in `dtype` on `device`, packed for it and ready to run.
 
     quantization:  none, or int8 for linear layers with one scale per output channel
     max_model_len: longest context that will be served; default: the model's own
-    Memory peaks at the weights plus one of the checkpoint's tensors.
+    load_format:   auto, or dummy for random weights, for which the folder needs nothing but config.json
+    Memory peaks at the weights plus one of the checkpoint's tensors, or two where their rows change places.
     Raises UnsupportedModelError if the architecture is unknown, or if tensors are missing, unexpected or mis-shaped;
     ModelSourceError if the files cannot be read.
     """
     gguf_file = GgufFile(files.path) if files.is_gguf else None
-    source: WeightSource = GgufWeights(gguf_file, geometry) if gguf_file else SafetensorsWeights(files.path)
     config = config_from_gguf(gguf_file) if gguf_file else read_model_config(files)
     model_class = find_model_class(geometry.architecture)
     with torch.device("meta"):
         model = model_class.from_config(geometry, config, max_model_len or geometry.max_position_embeddings)
-    fill_parameters(model, source, dtype, device, on_progress)
+    if load_format == "dummy":
+        fill_dummy_parameters(model, dtype, device, seed=0)
+    else:
+        source: WeightSource = GgufWeights(gguf_file, geometry) if gguf_file else SafetensorsWeights(files.path)
+        fill_parameters(model, source, dtype, device, on_progress)
     model.to(device=device).eval()
     return pack_weights(model, dtype, device, quantization)
 
@@ -87,17 +98,22 @@ def pack_weights(model: Model, dtype: torch.dtype, device: torch.device, quantiz
     for module in model.modules():
         if isinstance(module, Embedding):
             module.output_dtype = activation_dtype(dtype, device)
-        elif isinstance(module, RmsNorm):
+        elif isinstance(module, Norm):
             module.to(activation_dtype(dtype, device))
         elif isinstance(module, Linear):
             packed_bytes += module.pack(kernel)
         elif isinstance(module, OutputLayer):
             packed_bytes += module.pack(output_kernel)
-    runs_c = device.type == "cpu" and activation_dtype(dtype, device) == torch.float32 and cpu_kernels() is not None
-    attention = "c" if runs_c else "torch"
     weight_bytes = packed_bytes + sum(parameter.nbytes for parameter in model.parameters())
-    names = {"attention": attention, "linear": kernel.name, "output": output_kernel.name}
+    names = {"attention": _attention_kernel(dtype, device), "linear": kernel.name, "output": output_kernel.name}
     return LoadedModel(model, weight_bytes, names)
+
+
+def _attention_kernel(dtype: torch.dtype, device: torch.device) -> str:
+    """The implementation that attention chooses for this type of weights on this device."""
+    if device.type == "cuda":
+        return "triton"
+    return "c" if activation_dtype(dtype, device) == torch.float32 and cpu_kernels() is not None else "torch"
 
 
 def fill_parameters(
@@ -111,10 +127,11 @@ def fill_parameters(
     missing = set(slots)
     unexpected, num_read, num_bytes = [], 0, max(source.num_bytes, 1)
     for stored in source:
-        if stored.name in missing:
-            _fill(slots[stored.name], stored, dtype, device)
-            missing.remove(stored.name)
-        elif not _is_dispensable(stored.name, model.geometry):
+        name = model.own_name(stored.name)
+        if name in missing:
+            _fill(slots[name], stored, dtype, device)
+            missing.remove(name)
+        elif not _is_dispensable(stored.name, name, model.geometry):
             unexpected.append(stored.name)
         num_read += stored.num_bytes
         on_progress(min(num_read / num_bytes, 1.0), stored.name)
@@ -128,7 +145,7 @@ def fill_parameters(
 
 
 def _slots(model: Model) -> Iterator[tuple[str, Slot]]:
-    """The checkpoint's name of each tensor that the model wants, and where it goes."""
+    """The name of each tensor that the model wants, and where it goes."""
     for path, module in model.named_modules():
         for parameter, tensor in module.named_parameters(recurse=False):
             if not isinstance(module, Linear):
@@ -136,7 +153,7 @@ def _slots(model: Model) -> Iterator[tuple[str, Slot]]:
                 continue
             parent, start = path.rpartition(".")[0], 0
             for part, size in module.parts.items():
-                yield f"{parent}.{part}.{parameter}", Slot(module, parameter, start, start + size)
+                yield f"{parent}.{part}.{parameter}", Slot(module, parameter, start, start + size, module.fused)
                 start += size
 
 
@@ -154,12 +171,12 @@ def _fill(slot: Slot, stored: StoredTensor, dtype: torch.dtype, device: torch.de
         memory = torch.empty(parameter.shape, dtype=dtype, device=device)
         parameter = nn.Parameter(memory, requires_grad=False)
         slot.module.register_parameter(slot.parameter, parameter)
-    parameter[slot.start : slot.stop].copy_(tensor)
+    parameter[slot.start : slot.stop].copy_(slot.fused.stack(tensor) if slot.fused else tensor)
 
 
-def _is_dispensable(name: str, geometry: Geometry) -> bool:
-    """Tensors that a checkpoint may hold though the model has no use for them."""
-    return bool(_DERIVED.fullmatch(name)) or (geometry.tie_word_embeddings and name == "lm_head.weight")
+def _is_dispensable(stored_name: str, name: str, geometry: Geometry) -> bool:
+    """Tensors that a checkpoint may hold though the model has no use for them; `name` is the model's."""
+    return bool(_DERIVED.fullmatch(stored_name)) or (geometry.tie_word_embeddings and name == "lm_head.weight")
 
 
 def _some(names: list[str]) -> str:

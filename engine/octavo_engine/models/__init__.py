@@ -1,14 +1,14 @@
 """Model families: one file each, found by the decorator `@register_model`.
 
-A model is built from its geometry and its configuration, and answers `forward` and `compute_logits`; it knows nothing
-of files, requests or scheduling.
+A family puts layers together as its geometry and configuration say; all then answer `forward` and `compute_logits`. It
+knows nothing of files, requests or scheduling.
 """
 
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from octavo_kernels.ops.attention_metadata import AttentionMetadata
@@ -16,19 +16,28 @@ from torch import nn
 
 from octavo_engine.errors import UnsupportedModelError
 from octavo_engine.geometry import Geometry
+from octavo_engine.layers.decoder import Decoder
+from octavo_engine.layers.embedding import OutputLayer
 
 ModelType = TypeVar("ModelType", bound="Model")
 
 
 class Model(nn.Module, ABC):
-    """What the engine's core asks of a model. Tokens of all requests lie one after the other, without padding.
+    """A decoder with its output layer. Tokens of all requests lie one after the other, without padding.
 
-    Parameters bear the checkpoint's names; where a layer stacks several weights into one, its `parts` say which.
+    Parameters bear the names of LLaMA's checkpoints, where a layer that stacks several weights into one says which in
+    its `parts`; a family with other names translates them.
     """
 
-    def __init__(self, geometry: Geometry) -> None:
+    # A component of the checkpoint's dotted names -> the one here; absent: the same.
+    checkpoint_names: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, geometry: Geometry, decoder: Decoder) -> None:
         super().__init__()
         self.geometry = geometry
+        self.model = decoder
+        tied = decoder.embed_tokens if geometry.tie_word_embeddings else None
+        self.lm_head = OutputLayer(geometry.hidden_size, geometry.vocab_size, tied_to=tied)
 
     @classmethod
     @abstractmethod
@@ -39,7 +48,11 @@ class Model(nn.Module, ABC):
         Raises UnsupportedModelError for a feature that it does not have.
         """
 
-    @abstractmethod
+    @classmethod
+    def own_name(cls, name: str) -> str:
+        """The parameter that the checkpoint's tensor `name` belongs to."""
+        return ".".join(cls.checkpoint_names.get(component, component) for component in name.split("."))
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -52,10 +65,13 @@ class Model(nn.Module, ABC):
         input_ids, positions: [num_tokens] int64
         kv_cache: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]; this step's part is written
         """
+        hidden: torch.Tensor = self.model(input_ids, positions, kv_cache, metadata)
+        return hidden
 
-    @abstractmethod
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_rows, hidden_size] -> [num_rows, vocab_size] float32."""
+        """[num_rows, hidden_size] -> [num_rows, vocab_size]."""
+        logits: torch.Tensor = self.lm_head(hidden)
+        return logits
 
 
 class ModelRegistry:

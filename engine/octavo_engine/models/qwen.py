@@ -1,0 +1,25 @@
+"""Qwen2, Qwen2.5 and Qwen3, dense: LLaMA's layers with a few additions.
+
+Sources: Qwen2 (https://arxiv.org/abs/2407.10671) section 2.2.1, Qwen3 (https://arxiv.org/abs/2505.09388) section 2 and
+the fields of their configurations.
+"""
+
+from collections.abc import Mapping
+from typing import Self
+
+from octavo_engine.geometry import Geometry
+from octavo_engine.models import register_model
+from octavo_engine.models.llama import Llama
+
+# The configurations' default for the first layer with a sliding window, if there is one.
+MAX_WINDOW_LAYERS = 28
+
+
+@register_model("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+class Qwen(Llama):
+    """Qwen2 has biases on queries, keys and values; Qwen3 normalises each query and key head; lower layers see all."""
+
+    @classmethod
+    def from_config(cls, geometry: Geometry, config: Mapping[str, object], max_model_len: int) -> Self:
+        """As `Model.from_config`."""
+        return super().from_config(geometry, {"max_window_layers": MAX_WINDOW_LAYERS, **config}, max_model_len)
