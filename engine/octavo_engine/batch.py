@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from octavo_kernels.ops.attention_metadata import AttentionMetadata
 
+from octavo_engine.request import PROMISED
 from octavo_engine.scheduler import ScheduledRequest, Step
+from octavo_engine.slot_tables import SlotTables
+from octavo_engine.staging import upload
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -31,35 +34,47 @@ class Batch:
     block_copies: torch.Tensor | None
 
 
-def prepare(step: Step, block_size: int, device: torch.device) -> Batch:
-    """Lay a step out as tensors on `device`."""
+def prepare(step: Step, block_size: int, device: torch.device, tables: SlotTables | None) -> Batch:
+    """Lay a step out as tensors on `device`.
+
+    tables: the device's; they have the step's blocks, and the tokens that the host does not know yet
+    """
     scheduled = step.scheduled
     query_lens = tuple(each.num_tokens for each in scheduled)
     context_lens = tuple(each.first_token + each.num_tokens for each in scheduled)
     query_start_loc = np.fromiter(accumulate(query_lens, initial=0), np.int64, len(scheduled) + 1)
-    positions = _positions(scheduled, query_start_loc)
-    block_tables = _block_tables(scheduled)
+    host_positions = _positions(scheduled, query_start_loc)
     rows = np.repeat(np.arange(len(scheduled)), query_lens)
-    slot_mapping = block_tables[rows, positions // block_size] * block_size + positions % block_size
 
     def to_device(values: Sequence[int] | Integers) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(values, np.int64)).to(device, non_blocking=True)
+        return upload(np.asarray(values, np.int64), device)
 
+    if tables is None:
+        block_tables = to_device(_block_tables(scheduled))
+    else:
+        block_tables = tables.block_tables[to_device([each.request.slot for each in scheduled])]
+    positions = to_device(host_positions)
+    blocks = block_tables[to_device(rows), torch.div(positions, block_size, rounding_mode="floor")]
     return Batch(
-        input_ids=to_device(_input_ids(scheduled, step.num_tokens)),
-        positions=to_device(positions),
+        input_ids=_input_ids(scheduled, step.num_tokens, rows, device, tables),
+        positions=positions,
         metadata=AttentionMetadata(
-            block_tables=to_device(block_tables),
+            block_tables=block_tables,
             seq_lens=to_device(context_lens),
             query_start_loc=to_device(query_start_loc),
-            slot_mapping=to_device(slot_mapping),
+            slot_mapping=blocks * block_size + positions % block_size,
             num_decodes=sum(length == 1 for length in query_lens),
             query_lens=query_lens,
             context_lens=context_lens,
         ),
         sampled_rows=to_device(_sampled_rows(scheduled, query_start_loc)),
-        block_copies=to_device(np.array(step.block_copies).T) if step.block_copies else None,
+        block_copies=copies_on(device, step),
     )
+
+
+def copies_on(device: torch.device, step: Step) -> torch.Tensor | None:
+    """The step's block copies as `Batch.block_copies`."""
+    return upload(np.array(step.block_copies, np.int64).T.copy(), device) if step.block_copies else None
 
 
 def _positions(scheduled: Sequence[ScheduledRequest], query_start_loc: Integers) -> Integers:
@@ -68,9 +83,23 @@ def _positions(scheduled: Sequence[ScheduledRequest], query_start_loc: Integers)
     return np.arange(query_start_loc[-1], dtype=np.int64) + shifts
 
 
-def _input_ids(scheduled: Sequence[ScheduledRequest], num_tokens: int) -> Integers:
+def _input_ids(
+    scheduled: Sequence[ScheduledRequest],
+    num_tokens: int,
+    rows: Integers,
+    device: torch.device,
+    tables: SlotTables | None,
+) -> torch.Tensor:
+    """Tokens that are only promised are what the device sampled last."""
     chunks = (each.request.token_ids[each.first_token : each.first_token + each.num_tokens] for each in scheduled)
-    return np.fromiter(chain.from_iterable(chunks), np.int64, num_tokens)
+    token_ids = np.fromiter(chain.from_iterable(chunks), np.int64, num_tokens)
+    input_ids = upload(token_ids, device)
+    (promised,) = np.nonzero(token_ids == PROMISED)
+    if len(promised):
+        assert tables is not None, "without tables on the device every token is known"
+        slots = np.fromiter((scheduled[row].request.slot for row in rows[promised]), np.int64, len(promised))
+        input_ids[upload(promised, device)] = tables.last_tokens[upload(slots, device)]
+    return input_ids
 
 
 def _block_tables(scheduled: Sequence[ScheduledRequest]) -> Integers:

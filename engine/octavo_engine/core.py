@@ -1,17 +1,17 @@
-"""The engine's hot loop: schedule -> prepare -> forward -> sample -> emit.
+"""The engine's hot loop: schedule -> launch -> complete -> emit.
 
-One `EngineCore` owns the model, the KV cache and the scheduler of one device. It knows nothing of HTTP, of text or of
-processes. Whoever runs it calls `step` while `has_work`.
+On a device that works while the host goes on, the next step is launched before the one before it is completed: the
+same four pieces, in another order. One `EngineCore` owns the model, the KV cache and the scheduler of one device. It
+knows nothing of HTTP, of text or of processes. Whoever runs it calls `step` while `has_work`.
 """
 
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from random import Random
 
-import torch
-
-from octavo_engine.batch import Batch, prepare
 from octavo_engine.capacity import step_limit_s
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import InvalidRequestError
@@ -27,15 +27,17 @@ from octavo_engine.protocol import (
     StepOutputs,
     TokenLogprobs,
 )
-from octavo_engine.request import Request
-from octavo_engine.sampler import Sampler, compute_logprobs
-from octavo_engine.scheduler import ScheduledRequest, Scheduler, Step
+from octavo_engine.request import Request, RequestStatus
+from octavo_engine.runner import Launched, Runner
+from octavo_engine.scheduler import Scheduler
 from octavo_engine.start import Started, start
 
 logger = logging.getLogger(__name__)
 
-# Rows of logits that prompt log probabilities hold at once: a long prompt's would not fit beside the KV cache.
-PROMPT_LOGPROBS_ROWS = 128
+# Tokens that a step may bring each sequence where the host is slower than the device: more would delay newcomers.
+MAX_ROUNDS = 8
+# Weight of the latest step in the running means of what steps cost.
+NEWEST_SHARE = 0.2
 
 
 class EngineCore:
@@ -45,17 +47,18 @@ class EngineCore:
         """Load the model and allocate the KV cache. Raises OctavoError where the user can mend it."""
         self._started: Started = start(config, on_phase)
         self.scheduler = Scheduler(self._started.scheduler_limits)
-        self._model = self._started.model
-        self._kv_cache = self._started.kv_cache
-        self._device = self._started.device.torch_device
         self._eos_token_ids = self._started.eos_token_ids
-        self._sampler = Sampler(sorted(self._eos_token_ids))
         self._seeds = Random(config.seed)
         self._pending: list[SequenceOutput] = []  # outcomes that no step brought
+        self._under_way: deque[Launched] = deque()
         self._num_steps = 0
         self._last_step_time_s = 0.0
         self._roofline_ratio = 0.0
+        self._host_s = self._round_s = 0.0  # running means: the host's time for a step, the device's for one round
+        self._busy_since_s = 0.0  # when the last step returned, if there was more to do
         on_phase(EnginePhase("warming_up"))
+        self._runner = Runner(self._started, lambda fraction: on_phase(EnginePhase("warming_up", fraction)))
+        self._num_ahead = 1 if self._runner.is_asynchronous else 0
         self._warm_up()
         on_phase(EnginePhase("ready", 1.0))
 
@@ -66,7 +69,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do or say something."""
-        return self.scheduler.has_work or bool(self._pending)
+        return self.scheduler.has_work or bool(self._under_way) or bool(self._pending)
 
     def add_request(self, message: AddRequest) -> None:
         """Queue a client's request. One that can never run ends at once, with its error."""
@@ -97,76 +100,78 @@ class EngineCore:
                     self._abort(request)
 
     def step(self) -> StepOutputs:
-        """Compute one step and return what its sequences gained."""
+        """Give the device a step, and return what its sequences gained by the one that is done."""
         outputs, self._pending = self._pending, []
-        step = self.scheduler.schedule()
+        if self._under_way and self._runner.needs_values(self.scheduler.running):
+            outputs += self._complete_all()
+        step = self.scheduler.schedule(self._max_rounds())
         if step.scheduled:
-            started = time.perf_counter()
-            outputs += self._compute(step)
-            self._measure(step, time.perf_counter() - started)
+            self._under_way.append(self._runner.launch(step))
+            self.scheduler.launch(step)
+        waited_s = 0.0
+        if len(self._under_way) > self._num_ahead or (self._under_way and not step.scheduled):
+            launched, waiting_since_s = self._under_way.popleft(), time.perf_counter()
+            token_ids = launched.wait()
+            waited_s = time.perf_counter() - waiting_since_s
+            outputs += self._complete(launched, token_ids)
+            self._measure(launched)
+        self._measure_host(waited_s)
         return StepOutputs(outputs, self._stats())
 
-    @torch.inference_mode()
-    def _compute(self, step: Step) -> list[SequenceOutput]:
-        batch = prepare(step, self.scheduler.limits.block_size, self._device)
-        self._copy_blocks(batch)
-        hidden = self._model.forward(batch.input_ids, batch.positions, self._kv_cache, batch.metadata)
-        self._collect_prompt_logprobs(step, hidden)
-        sampled = step.sampled
-        token_ids, logprobs = self._sample(hidden[batch.sampled_rows], sampled)
-        self.scheduler.complete(step)
-        return [self._emit(*each) for each in zip(sampled, token_ids, logprobs, strict=True)]
+    def _max_rounds(self) -> int:
+        """As many tokens for each sequence as keep the device busy while the host prepares the next step."""
+        if not 0 < self._round_s < self._host_s or not self._runner.can_repeat(self.scheduler.running):
+            return 1
+        return min(MAX_ROUNDS, math.ceil(self._host_s / self._round_s))
 
-    def _copy_blocks(self, batch: Batch) -> None:
-        """Copy on write, before the step writes: all sources are read before any destination is written."""
-        if batch.block_copies is not None:
-            sources, destinations = batch.block_copies
-            self._kv_cache[destinations] = self._kv_cache[sources]
+    def _complete_all(self) -> list[SequenceOutput]:
+        """Catch up with the device."""
+        outputs: list[SequenceOutput] = []
+        while self._under_way:
+            launched = self._under_way.popleft()
+            outputs += self._complete(launched, launched.wait())
+        return outputs
 
-    def _sample(
-        self, hidden: torch.Tensor, requests: Sequence[Request]
-    ) -> tuple[list[int], Sequence[TokenLogprobs | None]]:
-        if not requests:
-            return [], []
-        logits = self._model.compute_logits(hidden)
-        rows = [i for i, request in enumerate(requests) if request.params.logprobs is not None]
-        raw_logits = logits[rows] if rows else None  # a copy: the sampler changes rows in place
-        token_ids = self._sampler.sample(logits, requests)
-        logprobs: list[TokenLogprobs | None] = [None] * len(requests)
-        if raw_logits is not None:
-            num_top = [requests[i].params.logprobs or 0 for i in rows]
-            for i, each in zip(rows, compute_logprobs(raw_logits, [token_ids[i] for i in rows], num_top), strict=True):
-                logprobs[i] = each
-        return token_ids, logprobs
+    def _complete(self, launched: Launched, token_ids: list[list[int]]) -> list[SequenceOutput]:
+        """Book a step that is done; what ended while it ran gets nothing more."""
+        self.scheduler.complete(launched.step)
+        return [
+            self._emit(request, tokens, logprobs)
+            for request, tokens, logprobs in zip(launched.sampled, token_ids, launched.logprobs(), strict=True)
+            if request.status is not RequestStatus.FINISHED
+        ]
 
-    def _emit(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> SequenceOutput:
-        """Append a token to its sequence, end the sequence if that was its last, and say so."""
-        is_first = request.num_output_tokens == 0
-        self.scheduler.append_token(request, token_id)
-        reason = self._finish_reason(request, token_id)
+    def _emit(self, request: Request, token_ids: list[int], logprobs: TokenLogprobs | None) -> SequenceOutput:
+        """Give a sequence its tokens, up to the one that ends it, and say so."""
+        is_first = request.num_known_tokens == request.num_prompt_tokens
+        token_ids, reason = self._up_to_the_end(request, token_ids)
+        self.scheduler.deliver(request, token_ids)
         if reason:
             self.scheduler.finish(request, reason)
         prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
         return SequenceOutput(
             request.request_id,
             request.index,
-            [token_id],
+            token_ids,
             reason,
-            stop_token_id=token_id if reason == "stop" else None,
+            stop_token_id=token_ids[-1] if reason == "stop" else None,
             logprobs=None if logprobs is None else [logprobs],
             num_cached_tokens=request.num_cached_tokens if is_first else 0,
             prompt_logprobs=prompt_logprobs,
         )
 
-    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        params = request.params
-        may_stop = request.num_output_tokens >= params.min_tokens
-        is_eos = token_id in self._eos_token_ids and not params.ignore_eos
-        if may_stop and (is_eos or token_id in params.stop_token_ids):
-            return "stop"
-        if request.num_output_tokens >= params.max_tokens or request.num_tokens >= self._max_model_len:
-            return "length"
-        return None
+    def _up_to_the_end(self, request: Request, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
+        """The new tokens that belong to the answer, and why it ends with them if it does."""
+        params, num_output = request.params, request.num_known_tokens - request.num_prompt_tokens
+        eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
+        if eos_token_ids or params.stop_token_ids:
+            for count, token_id in enumerate(token_ids, 1):
+                is_end = token_id in eos_token_ids or token_id in params.stop_token_ids
+                if is_end and num_output + count >= params.min_tokens:
+                    return token_ids[:count], "stop"
+        num_output += len(token_ids)
+        is_full = num_output >= params.max_tokens or request.num_prompt_tokens + num_output >= self._max_model_len
+        return token_ids, "length" if is_full else None
 
     @property
     def _max_model_len(self) -> int:
@@ -178,25 +183,6 @@ class EngineCore:
         self.scheduler.finish(request, "abort")
         self._pending += [SequenceOutput(request.request_id, index, [], "abort") for index in indices]
 
-    def _collect_prompt_logprobs(self, step: Step, hidden: torch.Tensor) -> None:
-        """For those who ask: the log probability of each prompt token, from the hidden state before it."""
-        row = 0
-        for each in step.scheduled:
-            if each.request.wants_prompt_logprobs:
-                self._extend_prompt_logprobs(each, hidden[row : row + each.num_tokens])
-            row += each.num_tokens
-
-    def _extend_prompt_logprobs(self, scheduled: ScheduledRequest, hidden: torch.Tensor) -> None:
-        request, first = scheduled.request, scheduled.first_token
-        assert request.prompt_logprobs is not None
-        del request.prompt_logprobs[first + 1 :]  # a preempted prompt starts again
-        targets = request.token_ids[first + 1 : min(first + len(hidden) + 1, request.num_prompt_tokens)]
-        for start_row in range(0, len(targets), PROMPT_LOGPROBS_ROWS):
-            chunk = targets[start_row : start_row + PROMPT_LOGPROBS_ROWS]
-            logits = self._model.compute_logits(hidden[start_row : start_row + len(chunk)])
-            num_top = [request.params.prompt_logprobs or 0] * len(chunk)
-            request.prompt_logprobs += compute_logprobs(logits, chunk, num_top)
-
     def _warm_up(self) -> None:
         """Run a prompt and a decode step, so that the first client does not wait for libraries to initialise."""
         prompt = [0] * max(1, min(32, self._max_model_len - 2))
@@ -206,10 +192,22 @@ class EngineCore:
             self.step()
         self.scheduler = Scheduler(self._started.scheduler_limits)
         self._num_steps = 0
+        self._host_s = self._round_s = self._busy_since_s = 0.0
 
-    def _measure(self, step: Step, duration_s: float) -> None:
-        self._num_steps += 1
-        self._last_step_time_s = duration_s
+    def _measure_host(self, waited_s: float) -> None:
+        """How long the host takes from one step to the next, whatever its callers do in between, without waiting."""
+        now_s = time.perf_counter()
+        if self._busy_since_s:
+            self._host_s += NEWEST_SHARE * (now_s - self._busy_since_s - waited_s - self._host_s)
+        self._busy_since_s = now_s if self.has_work else 0.0
+
+    def _measure(self, launched: Launched) -> None:
+        step, num_rounds = launched.step, launched.step.num_rounds
+        round_s = launched.duration_s / num_rounds
+        self._num_steps += num_rounds
+        self._last_step_time_s = round_s
+        if step.is_decode:
+            self._round_s += NEWEST_SHARE * (round_s - self._round_s)
         capacity = self._started.capacity
         num_context_tokens = sum(each.first_token + each.num_tokens for each in step.scheduled)
         limit_s = step_limit_s(
@@ -220,7 +218,7 @@ class EngineCore:
             num_tokens=step.num_tokens,
             num_logits=len(step.scheduled),
         )
-        self._roofline_ratio = limit_s / duration_s
+        self._roofline_ratio = limit_s / round_s
 
     def _stats(self) -> EngineStats:
         scheduler, pool, counters = self.scheduler, self.scheduler.pool, self.scheduler.counters

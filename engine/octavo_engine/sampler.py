@@ -2,22 +2,27 @@
 
 A sequence's draw depends on its seed, its index and its position alone, never on what else is in the batch: the random
 number is a hash of the three, and the token is where it falls in the cumulative distribution. Only the rows that ask
-for something are touched by it; a batch of greedy requests is one argmax.
+for something are touched by it; a batch of greedy requests is one argmax. A GPU draws with numbers of its own
+(`octavo_kernels.ops.sample_tokens`): a seed repeats on the same kind of device.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
 import torch
+from octavo_kernels.launch import runs_triton
+from octavo_kernels.ops.argmax import argmax_rows
+from octavo_kernels.ops.sample_tokens import SamplingTensors, sample_rows
 
 from octavo_engine.protocol import SamplingParams, TokenLogprobs
 from octavo_engine.request import Request
+from octavo_engine.staging import upload
 
 Words = np.ndarray[Any, np.dtype[np.uint64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-Draw = Callable[[torch.Tensor, Sequence[Request]], list[int]]
+Draw = Callable[[torch.Tensor, Sequence[Request]], torch.Tensor]
 
 # A top-p filter first looks at this many of the likeliest tokens; only a flatter distribution is sorted whole.
 NUM_LIKELIEST: Final = 256
@@ -29,17 +34,18 @@ class Sampler:
     def __init__(self, eos_token_ids: Sequence[int]) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
 
-    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-        """One token for each sequence.
+    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """One token for each sequence: [len(requests)] int64 on the device of the logits.
 
         logits: [len(requests), vocab_size] float32; rows that ask for constraints are changed in place
         """
         self._apply_constraints(logits, requests)
-        token_ids: list[int] = logits.argmax(dim=-1).tolist()
+        if runs_triton(logits):
+            return _sample_on_gpu(logits, requests)
+        token_ids = logits.argmax(dim=-1)
         for draw, rows in _random_rows(requests):
             drawn = draw(logits[rows], [requests[i] for i in rows])
-            for row, token_id in zip(rows, drawn, strict=True):
-                token_ids[row] = token_id
+            token_ids[rows] = drawn
         return token_ids
 
     def _apply_constraints(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
@@ -52,6 +58,18 @@ class Sampler:
                 logits[i, [*self._eos_token_ids, *params.stop_token_ids]] = -torch.inf
             if _has_penalties(params):
                 _penalise(logits[i], request)
+
+
+def is_greedy(request: Request) -> bool:
+    """Whether a sequence's next token is the likeliest one, whatever came before it, and nothing else is asked for."""
+    params = request.params
+    is_plain = params.temperature == 0 and params.logprobs is None and not params.logit_bias
+    return is_plain and not needs_history(request) and request.num_output_tokens >= params.min_tokens
+
+
+def needs_history(request: Request) -> bool:
+    """Whether the next token's distribution depends on the values of the tokens so far, beyond the model."""
+    return _has_penalties(request.params)
 
 
 def compute_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
@@ -87,6 +105,28 @@ def _penalise(row: torch.Tensor, request: Request) -> None:
         row[torch.from_numpy(token_ids)] -= torch.from_numpy(penalties).to(row)
 
 
+def _sample_on_gpu(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    """One token for each sequence, without waiting for the device and without a sort."""
+    params = [request.params for request in requests]
+    if all(each.temperature == 0 for each in params):
+        return argmax_rows(logits)
+
+    def tensor(values: Iterable[float], dtype: type[np.generic]) -> torch.Tensor:
+        return upload(np.fromiter(values, dtype, len(requests)), logits.device)
+
+    seeds = np.fromiter((request.seed % 2**64 for request in requests), np.uint64, len(requests))
+    sampling = SamplingTensors(
+        temperatures=tensor((each.temperature for each in params), np.float32),
+        top_k=tensor((each.top_k for each in params), np.int32),
+        top_p=tensor((each.top_p for each in params), np.float32),
+        min_p=tensor((each.min_p for each in params), np.float32),
+        seeds=upload(seeds.view(np.int64), logits.device),
+        indices=tensor((request.index for request in requests), np.int32),
+        positions=tensor((request.num_tokens for request in requests), np.int32),
+    )
+    return sample_rows(logits, sampling, any_filters=any(_has_filters(each) for each in params))
+
+
 def _random_rows(requests: Sequence[Request]) -> Iterator[tuple[Draw, list[int]]]:
     """The rows that draw, by how they draw: a row's filters decide alone, so that its neighbours' cannot matter."""
     plain: list[int] = []
@@ -104,8 +144,8 @@ def _has_filters(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
-def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-    return _invert(_probabilities(logits, requests), requests).tolist()
+def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    return _invert(_probabilities(logits, requests), requests)
 
 
 def _probabilities(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
@@ -114,7 +154,7 @@ def _probabilities(logits: torch.Tensor, requests: Sequence[Request]) -> torch.T
     return (logits.double() / temperatures.to(logits.device)[:, None]).softmax(dim=-1)
 
 
-def _draw_filtered(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+def _draw_filtered(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     """Draw from the top-k, of these from the smallest set that reaches top-p, with at least min-p of the best."""
     probabilities = _probabilities(logits, requests)
     device, vocab_size = logits.device, logits.shape[-1]
@@ -133,7 +173,7 @@ def _draw_filtered(logits: torch.Tensor, requests: Sequence[Request]) -> list[in
     is_kept = (before < top_p[:, None]) & (ordered >= min_p[:, None] * ordered[:, :1])
     is_kept[:, 0] = True
     drawn = _invert(kept * is_kept, requests)
-    return token_ids.gather(1, drawn[:, None])[:, 0].tolist()
+    return token_ids.gather(1, drawn[:, None])[:, 0]
 
 
 def _invert(weights: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:

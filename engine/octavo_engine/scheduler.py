@@ -4,7 +4,13 @@ One token budget and no phases: each request's computed tokens catch up with its
 oldest first: those that need one token (decodes) always get it, prompts share what is left of the budget; then waiting
 ones are admitted. When blocks run out, cached ones are evicted; when that is not enough, the newest running request is
 preempted and later recomputed. The oldest request is therefore always served, and since one request fits the pool alone
-(checked at admission), the engine cannot deadlock. Torch-free; it knows nothing of tensors or of what a token means.
+(checked at admission), the engine cannot deadlock.
+
+Steps may be scheduled ahead: once a step is launched, its tokens are promised, and the next one is scheduled as if they
+were there. What depends on their values (stop tokens, the prefix cache, a restart after preemption) waits for them.
+Blocks of a sequence that ends meanwhile are free at once, since the device works off its steps in order.
+
+Torch-free; it knows nothing of tensors or of what a token means.
 """
 
 from collections import deque
@@ -43,11 +49,21 @@ class ScheduledRequest:
 
 @dataclass(slots=True)
 class Step:
-    """One step of the engine: the requests in batch order (decodes first) and the blocks to copy before it."""
+    """One step of the engine: the requests in batch order (decodes first) and the blocks to copy before it.
+
+    num_rounds: how many tokens each sequence gets, one after the other without asking the scheduler again; more than
+                one only where every request is a decode
+    """
 
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination)
     num_tokens: int = 0
+    num_rounds: int = 1
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every request computes one token and samples the next."""
+        return self.num_tokens == len(self.scheduled) and all(len(each.sampled) == 1 for each in self.scheduled)
 
     @property
     def sampled(self) -> list[Request]:
@@ -76,6 +92,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.counters = SchedulerCounters()
+        self._free_slots = list(reversed(range(limits.max_num_seqs)))
 
     @property
     def has_work(self) -> bool:
@@ -106,12 +123,16 @@ class Scheduler:
         """The live sequences of a client's request."""
         return (each for each in chain(self.running, self.waiting) if each.request_id == request_id)
 
-    def schedule(self) -> Step:
-        """Choose the next step and allocate its blocks. An empty step means that there is no work."""
+    def schedule(self, max_rounds: int = 1) -> Step:
+        """Choose the next step and allocate its blocks. An empty step means that nothing can be computed now.
+
+        max_rounds: tokens that each sequence may get if all are decodes
+        """
         step = Step()
-        num_decodes = sum(request.num_uncomputed_tokens == 1 for request in self.running)
+        candidates = [request for request in self.running if not self._has_all_tokens(request)]
+        num_decodes = sum(request.num_uncomputed_tokens == 1 for request in candidates)
         chunk_budget = self.limits.max_num_batched_tokens - num_decodes
-        for request in list(self.running):
+        for request in candidates:
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for an older one
             is_decode = request.num_uncomputed_tokens == 1
@@ -121,23 +142,33 @@ class Scheduler:
                 chunk_budget -= 0 if is_decode else num_tokens
         self._admit_waiting(step)
         step.scheduled.sort(key=lambda each: each.num_tokens > 1)  # stable: decodes first, else in order
+        if max_rounds > 1 and step.scheduled and step.is_decode:
+            self._add_rounds(step, max_rounds)
         return step
 
+    def launch(self, step: Step) -> None:
+        """Book a step as under way: its tokens are promised."""
+        for request in step.sampled:
+            request.promise(step.num_rounds)
+
     def complete(self, step: Step) -> None:
-        """Book a step as computed: its KV is valid, and full blocks can be shared. Before its tokens are appended."""
+        """Book a step as computed: its KV is valid, and full blocks of known tokens can be shared."""
         for each in step.scheduled:
             request = each.request
             self.counters.num_prompt_tokens += max(
                 0, min(each.num_tokens, request.num_prompt_tokens - each.first_token)
             )
+            if request.status is not RequestStatus.RUNNING:
+                continue
             self._publish(request)
             for fork in each.sampled[1:]:
-                fork.num_published, fork.cache_node = request.num_published, request.cache_node
+                if fork.status is RequestStatus.RUNNING and fork.num_published < request.num_published:
+                    fork.num_published, fork.cache_node = request.num_published, request.cache_node
 
-    def append_token(self, request: Request, token_id: int) -> None:
-        """Add a sampled token to a running sequence."""
-        request.token_ids.append(token_id)
-        self.counters.num_generation_tokens += 1
+    def deliver(self, request: Request, token_ids: Sequence[int]) -> None:
+        """Give a sequence the values of its oldest promised tokens."""
+        request.keep_promise(token_ids)
+        self.counters.num_generation_tokens += len(token_ids)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a sequence and release its blocks; what the prefix cache knows of stays until it is evicted."""
@@ -167,8 +198,34 @@ class Scheduler:
             request = self.waiting[0]
             if self._num_sequences() + 1 + request.num_forks > self.limits.max_num_seqs:
                 return
+            if request.num_promised:  # preempted while a step was under way: its tokens must be known first
+                return
             if not self._admit(request, step):
                 return
+
+    def _has_all_tokens(self, request: Request) -> bool:
+        """Whether a request has, or is promised, as many tokens as it may have."""
+        return request.num_output_tokens >= request.params.max_tokens or request.num_tokens >= self.limits.max_model_len
+
+    def _add_rounds(self, step: Step, max_rounds: int) -> None:
+        """Let a step of decodes bring several tokens, if nobody gets too many and the blocks are there."""
+        requests = [each.request for each in step.scheduled]
+        max_tokens = min(
+            min(request.params.max_tokens - request.num_output_tokens, self.limits.max_model_len - request.num_tokens)
+            for request in requests
+        )
+        num_rounds = min(max_rounds, max_tokens)
+        num_more = num_rounds - 1
+        num_new = [
+            self._num_blocks_for(request.num_computed_tokens + num_more) - len(request.block_ids)
+            for request in requests
+        ]
+        if num_more <= 0 or not self._free_up(sum(num_new)):
+            return
+        for request, num_blocks in zip(requests, num_new, strict=True):
+            request.block_ids += self.pool.allocate(num_blocks)
+            request.num_computed_tokens += num_more
+        step.num_rounds = num_rounds
 
     def _num_sequences(self) -> int:
         """Running sequences, counting the forks that running prompts will make."""
@@ -204,6 +261,7 @@ class Scheduler:
             request.num_cached_tokens = request.num_computed_tokens
             self.counters.num_prefix_cache_queries += request.num_prompt_tokens
             self.counters.num_prefix_cache_hits += request.num_computed_tokens
+        request.slot = self._free_slots.pop()
         _insert_by_age(self.running, request)
 
     def _free_up(self, num_blocks: int) -> bool:
@@ -225,6 +283,7 @@ class Scheduler:
             step.block_copies.append((shared, private))
             self.pool.release([shared])
             request.block_ids[tail] = private
+            request.num_table_blocks = min(request.num_table_blocks, tail)
         request.block_ids += self.pool.allocate(num_new)
         return True
 
@@ -239,10 +298,13 @@ class Scheduler:
 
     def _fork(self, request: Request) -> list[Request]:
         """The other sequences of a request whose prompt is complete: they share its blocks and run on their own."""
+        if not request.num_forks:
+            return []
         forks = [request.fork(index) for index in range(1, request.num_forks + 1)]
         request.num_forks = 0
         for fork in forks:
             self.pool.share(fork.block_ids)
+            fork.slot = self._free_slots.pop()
         position = self.running.index(request) + 1
         self.running[position:position] = forks
         return forks
@@ -252,7 +314,8 @@ class Scheduler:
         size = self.limits.block_size
         node = request.cache_node
         assert node is not None
-        while (request.num_published + 1) * size <= request.num_computed_tokens:
+        num_valid = min(request.num_computed_tokens, request.num_known_tokens)
+        while (request.num_published + 1) * size <= num_valid:
             i = request.num_published
             tokens = tuple(request.token_ids[i * size : (i + 1) * size])
             node = self.prefix_cache.extend(node, tokens, request.block_ids[i])
@@ -269,6 +332,10 @@ class Scheduler:
 
     def _release_blocks(self, request: Request) -> None:
         self.pool.release(reversed(request.block_ids))
+        if request.slot >= 0:
+            self._free_slots.append(request.slot)
+        request.slot = -1
+        request.num_table_blocks = 0
         request.block_ids = []
         request.num_computed_tokens = 0
         request.num_published = 0
@@ -301,6 +368,8 @@ def check_invariants(scheduler: Scheduler) -> None:
     retained = [node.block_id for node in scheduler.prefix_cache.nodes()]
     assert len(set(retained)) == len(retained), "two nodes hold one block"
     _check_counts(scheduler, references, retained)
+    slots = [request.slot for request in scheduler.running]
+    assert sorted(slots + scheduler._free_slots) == list(range(scheduler.limits.max_num_seqs)), "a slot is lost"
 
 
 def _check_counts(scheduler: Scheduler, references: dict[int, int], retained: Iterable[int]) -> None:

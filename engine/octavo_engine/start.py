@@ -36,6 +36,7 @@ class Started:
     capacity: Capacity
     eos_token_ids: frozenset[int]
     enable_prefix_caching: bool
+    enable_cuda_graphs: bool
     actual_weight_bytes: int
     kernels: dict[str, str]
 
@@ -97,6 +98,7 @@ def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None]) -> Star
         device=device.torch_device,
         quantization=config.quantization,
         max_model_len=capacity.max_model_len,
+        load_format=config.load_format,
         on_progress=lambda fraction, text: on_phase(EnginePhase("loading", fraction, text)),
     )
     return Started(
@@ -107,6 +109,7 @@ def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None]) -> Star
         capacity=capacity,
         eos_token_ids=frozenset(read_eos_token_ids(files)),
         enable_prefix_caching=config.enable_prefix_caching,
+        enable_cuda_graphs=config.enable_cuda_graphs,
         actual_weight_bytes=loaded.weight_bytes,
         kernels=loaded.kernels,
     )

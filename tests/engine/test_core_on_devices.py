@@ -1,6 +1,7 @@
 """The same engine on every torch device: a tiny model, chunked, preempted and forked, against `transformers`."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.core import EngineCore
 from octavo_engine.protocol import AddRequest, SamplingParams
 from octavo_engine.scheduler import check_invariants
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TIE = 1e-3
 NUM_TOKENS = 24
@@ -45,9 +48,26 @@ def worst_gap(folder: Path, device: str, prompt: list[int], generated: list[int]
     return float((logits.max(dim=-1).values - chosen).max())
 
 
+# One model of each family, with what sets it apart.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": 9}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {}),
+    "neox": ("GPTNeoX", {}),
+    "falcon": ("Falcon", {}),
+    "new falcon": ("Falcon", {"new_decoder_architecture": True, "num_attention_heads": 4, "num_kv_heads": 2}),
+    "falcon with linear biases": (
+        "Falcon",
+        {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False, "num_attention_heads": 4},
+    ),
+}
+
+
 @pytest.mark.parametrize("device", DEVICES)
-def test_greedy_tokens_equal_transformers(tiny_llama_dir, device: str) -> None:
-    folder = tiny_llama_dir()
+@pytest.mark.parametrize(("architecture", "fields"), FAMILIES.values(), ids=FAMILIES)
+def test_greedy_tokens_equal_transformers(tiny_model_dir, architecture: str, fields, device: str) -> None:
+    folder = tiny_model_dir(architecture, **fields)
     config = EngineConfig(
         model=str(folder), device=device, dtype="float32", max_model_len=128, num_kv_blocks=20, block_size=8,
         max_num_seqs=8, max_num_batched_tokens=23,

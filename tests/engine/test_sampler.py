@@ -24,7 +24,7 @@ def make_request(params: SamplingParams, prompt: list[int] | None = None, output
 
 
 def sample(logits: torch.Tensor, *requests: Request) -> list[int]:
-    return Sampler([EOS]).sample(logits.clone(), requests)
+    return Sampler([EOS]).sample(logits.clone(), requests).tolist()
 
 
 def draws(logits: torch.Tensor, params: SamplingParams, count: int) -> np.ndarray:

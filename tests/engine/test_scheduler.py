@@ -1,11 +1,13 @@
 """The scheduler: no block is lost or owned twice, the budget holds, everyone finishes, nothing is forgotten."""
 
+from collections import deque
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from octavo_engine.errors import InvalidRequestError
 from octavo_engine.protocol import SamplingParams
-from octavo_engine.request import Request
+from octavo_engine.request import PROMISED, Request, RequestStatus
 from octavo_engine.scheduler import Scheduler, SchedulerLimits, Step, check_invariants
 
 BLOCK_SIZE = 4
@@ -30,37 +32,52 @@ def make_request(name: str, prompt: list[int], n: int = 1, max_tokens: int = 8, 
     return Request(name, 0, list(prompt), len(prompt), params, 0, arrival_time_s, num_forks=n - 1)
 
 
-def next_token(request: Request) -> int:
+def next_token(token_ids: list[int], index: int) -> int:
     """A stand-in for the model: the next token is a function of the tokens so far, so recomputation must repeat it."""
-    return (sum(request.token_ids) * 31 + len(request.token_ids) + request.index) % 7
+    return (sum(token_ids) * 31 + len(token_ids) + index) % 7
 
 
 class Engine:
-    """The engine's loop without a model. It writes a tag of each token's prefix into its slot, and reads it back."""
+    """The engine's loop without a model. It writes a tag of each token's prefix into its slot, and reads it back.
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    num_ahead: steps that are scheduled before the tokens of the one before them are known
+    """
+
+    def __init__(self, scheduler: Scheduler, num_ahead: int = 0, max_rounds: int = 1) -> None:
         self.scheduler = scheduler
+        self.num_ahead, self.max_rounds = num_ahead, max_rounds
+        self.under_way: deque[tuple[Step, list[list[int]]]] = deque()
+        self.device_tokens: dict[tuple[str, int], list[int]] = {}  # a sequence's tokens, as the device knows them
         self.slots: dict[int, tuple[int, ...]] = {}  # slot -> the tokens up to and with the one whose KV is there
         self.finished: dict[tuple[str, int], list[int]] = {}
 
     def step(self) -> Step:
         scheduler = self.scheduler
-        step = scheduler.schedule()
+        step = scheduler.schedule(self.max_rounds)
         check_invariants(scheduler)
         assert step.num_tokens == sum(each.num_tokens for each in step.scheduled)
         assert step.num_tokens <= scheduler.limits.max_num_batched_tokens
         assert len(scheduler.running) <= scheduler.limits.max_num_seqs
         assert len({id(each.request) for each in step.scheduled}) == len(step.scheduled)
-        self._copy_blocks(step)
-        self._compute(step)
-        scheduler.complete(step)
-        for request in step.sampled:
-            scheduler.append_token(request, next_token(request))
-            if request.num_output_tokens == request.params.max_tokens:
-                self.finished[request.request_id, request.index] = request.token_ids
-                scheduler.finish(request, "length")
+        if step.scheduled:
+            self._copy_blocks(step)
+            self.under_way.append((step, self._compute(step)))
+            scheduler.launch(step)
+        if len(self.under_way) > self.num_ahead or not step.scheduled:
+            self._complete(*self.under_way.popleft())
         check_invariants(scheduler)
         return step
+
+    def _complete(self, step: Step, generated: list[list[int]]) -> None:
+        self.scheduler.complete(step)
+        for request, token_ids in zip(step.sampled, generated, strict=True):
+            if request.status is RequestStatus.FINISHED:
+                continue
+            self.scheduler.deliver(request, token_ids)
+            assert PROMISED not in request.token_ids[: request.num_known_tokens]
+            if request.num_known_tokens - request.num_prompt_tokens == request.params.max_tokens:
+                self.finished[request.request_id, request.index] = request.token_ids
+                self.scheduler.finish(request, "length")
 
     def _copy_blocks(self, step: Step) -> None:
         before = dict(self.slots)
@@ -69,35 +86,63 @@ class Engine:
                 if source * BLOCK_SIZE + offset in before:
                     self.slots[destination * BLOCK_SIZE + offset] = before[source * BLOCK_SIZE + offset]
 
-    def _compute(self, step: Step) -> None:
-        written: set[int] = set()
+    def _compute(self, step: Step) -> list[list[int]]:
+        """Write, read back and sample, as the device does: the values of promised tokens are its own."""
+        generated: list[list[int]] = [[] for _ in step.sampled]
         for each in step.scheduled:
-            request = each.request
-            for position in range(each.first_token, each.first_token + each.num_tokens):
-                slot = request.block_ids[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-                assert slot not in written, "two requests write one slot"
-                written.add(slot)
-                self.slots[slot] = tuple(request.token_ids[: position + 1])
-        for each in step.scheduled:
-            request = each.request
-            for position in range(each.first_token + each.num_tokens):
-                slot = request.block_ids[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-                assert self.slots[slot] == tuple(request.token_ids[: position + 1]), "a request reads another's KV"
+            self._tokens_of(each.request, each.request)
+            for fork in each.sampled[1:]:
+                self._tokens_of(fork, each.request)
+        for round_index in range(step.num_rounds):
+            written: set[int] = set()
+            for each in step.scheduled:
+                first = each.first_token + round_index
+                tokens = self.device_tokens[_name(each.request)]
+                for position in range(first, first + each.num_tokens):
+                    slot = self._slot(each.request, position)
+                    assert slot not in written, "two requests write one slot"
+                    written.add(slot)
+                    self.slots[slot] = tuple(tokens[: position + 1])
+            for each in step.scheduled:
+                tokens = self.device_tokens[_name(each.request)]
+                for position in range(each.first_token + round_index + each.num_tokens):
+                    assert self.slots[self._slot(each.request, position)] == tuple(tokens[: position + 1]), (
+                        "a request reads another's KV"
+                    )
+            for request, token_ids in zip(step.sampled, generated, strict=True):
+                tokens = self.device_tokens[_name(request)]
+                token_ids.append(next_token(tokens, request.index))
+                tokens.append(token_ids[-1])
+        return generated
+
+    def _tokens_of(self, request: Request, source: Request) -> list[int]:
+        """The device's copy of a sequence's tokens: what the host knows, and what was generated since."""
+        known = self.device_tokens.get(_name(source), source.token_ids)
+        tokens = self.device_tokens.setdefault(_name(request), list(known))
+        assert len(tokens) == request.num_tokens
+        return tokens
+
+    def _slot(self, request: Request, position: int) -> int:
+        return request.block_ids[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
 
     def run(self, max_steps: int = 2000) -> None:
         for _ in range(max_steps):
-            if not self.scheduler.has_work:
+            if not self.scheduler.has_work and not self.under_way:
                 return
-            assert self.step().scheduled, "there is work, but the step is empty"
+            was_idle = not self.under_way
+            assert self.step().scheduled or not was_idle, "there is work, but the step is empty"
         raise AssertionError("the scheduler does not come to an end")
 
 
+def _name(request: Request) -> tuple[str, int]:
+    return request.request_id, request.index
+
+
 def expected_tokens(prompt: list[int], index: int, max_tokens: int) -> list[int]:
-    request = make_request("alone", prompt)
-    request.index = index
+    token_ids = list(prompt)
     for _ in range(max_tokens):
-        request.token_ids.append(next_token(request))
-    return request.token_ids
+        token_ids.append(next_token(token_ids, index))
+    return token_ids
 
 
 requests = st.lists(
@@ -111,31 +156,38 @@ requests = st.lists(
 )
 
 
+@pytest.mark.parametrize(("num_ahead", "max_rounds"), [(0, 1), (1, 1), (1, 4), (2, 3)])
 @given(requests, st.integers(16, 40), st.integers(8, 40), st.booleans(), st.data())
-@settings(max_examples=200, deadline=None)
-def test_every_request_ends_with_the_tokens_it_has_alone(specs, num_blocks, budget, caching, data) -> None:
+@settings(max_examples=100, deadline=None)
+def test_every_request_ends_with_the_tokens_it_has_alone(
+    num_ahead, max_rounds, specs, num_blocks, budget, caching, data
+) -> None:
     engine = Engine(
-        make_scheduler(num_blocks, max_num_batched_tokens=budget, max_model_len=64, enable_prefix_caching=caching)
-    )
+        make_scheduler(num_blocks, max_num_batched_tokens=budget, max_model_len=64, enable_prefix_caching=caching),
+        num_ahead, max_rounds,
+    )  # fmt: skip
     expected = {}
     for i, (prompt, n, max_tokens) in enumerate(specs):
         engine.scheduler.add(make_request(f"r{i:02}", prompt, n, max_tokens, arrival_time_s=i))
         expected |= {(f"r{i:02}", index): expected_tokens(prompt, index, max_tokens) for index in range(n)}
         for _ in range(data.draw(st.integers(0, 3))):
-            engine.step()
+            if engine.scheduler.has_work or engine.under_way:
+                engine.step()
     engine.run()
     assert engine.finished == expected
     assert engine.scheduler.pool.num_used == 0
 
 
+@pytest.mark.parametrize(("num_ahead", "max_rounds"), [(0, 1), (1, 3)])
 @given(requests, st.data())
-@settings(max_examples=100, deadline=None)
-def test_aborts_at_any_moment_lose_no_block(specs, data) -> None:
-    engine = Engine(make_scheduler(num_blocks=16))
+@settings(max_examples=60, deadline=None)
+def test_aborts_at_any_moment_lose_no_block(num_ahead, max_rounds, specs, data) -> None:
+    engine = Engine(make_scheduler(num_blocks=16), num_ahead, max_rounds)
     for i, (prompt, n, max_tokens) in enumerate(specs):
         engine.scheduler.add(make_request(f"r{i:02}", prompt, n, max_tokens, arrival_time_s=i))
     for _ in range(20):
-        engine.step()
+        if engine.scheduler.has_work or engine.under_way:
+            engine.step()
         live = [*engine.scheduler.running, *engine.scheduler.waiting]
         if live and data.draw(st.booleans()):
             engine.scheduler.finish(data.draw(st.sampled_from(live)), "abort")

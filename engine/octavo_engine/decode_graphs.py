@@ -1,0 +1,133 @@
+"""Decode steps as CUDA graphs: one launch for a whole step, whatever the model's number of kernels.
+
+A graph is captured once for each of a few batch sizes; a step takes the next larger one and pads. All that changes
+from step to step lies in device memory: slots, positions, block tables, the last tokens. A graph ends with the
+likeliest tokens written where its next replay reads them, so that greedy sequences go on without the host.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from octavo_kernels.ops.argmax import argmax_rows
+from octavo_kernels.ops.attention_metadata import AttentionMetadata
+from octavo_kernels.ops.prepare_decode import PADDING, UNKNOWN, DecodeInputs, DecodeRows, empty_inputs, prepare_decode_
+
+from octavo_engine.models import Model
+from octavo_engine.request import Request
+from octavo_engine.slot_tables import SlotTables
+from octavo_engine.staging import upload
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes to capture: close enough that padding costs little, few enough that start-up is short."""
+    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 32, 32)]
+    return [*(size for size in steps if size < max_num_seqs), max_num_seqs]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeGraph:
+    """A captured step of `num_rows` rows. logits, token_ids: overwritten by each `replay`, which does not wait."""
+
+    num_rows: int
+    replay: Callable[[], None]
+    logits: torch.Tensor
+    token_ids: torch.Tensor
+
+
+class DecodeGraphs:
+    """The captured steps of one model."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv_cache: torch.Tensor,
+        tables: SlotTables,
+        max_num_seqs: int,
+        on_progress: Callable[[float], None],
+    ) -> None:
+        """Capture every size, the largest first, since the smaller ones fit into its memory."""
+        self._model, self._kv_cache, self._tables = model, kv_cache, tables
+        self._device, self._block_size = kv_cache.device, kv_cache.shape[3]
+        self._sizes = graph_sizes(max_num_seqs)
+        self._rows = torch.empty(3 * max_num_seqs, dtype=torch.int32, device=self._device)
+        self._inputs = empty_inputs(max_num_seqs, tables.block_tables.shape[1], self._device)
+        self._graphs: dict[int, DecodeGraph] = {}
+        pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        for count, num_rows in enumerate(reversed(self._sizes), 1):
+            self._graphs[num_rows] = self._capture(num_rows, pool)
+            on_progress(count / len(self._sizes))
+
+    def run(self, requests: Sequence[Request], first_tokens: Sequence[int]) -> DecodeGraph:
+        """Compute the next token's logits of each request, and its likeliest token; `replay` goes on from there.
+
+        first_tokens: position of each request's token to compute
+        """
+        graph = self._graphs[self._sizes[bisect_left(self._sizes, len(requests))]]
+        host = np.empty((3, graph.num_rows), np.int32)
+        num_rows = len(requests)
+        host[0, :num_rows] = [request.slot for request in requests]
+        host[0, num_rows:] = self._tables.padding_slot
+        host[1, :num_rows] = first_tokens
+        host[1, num_rows:] = PADDING
+        host[2, :num_rows] = [
+            request.token_ids[position] for request, position in zip(requests, first_tokens, strict=True)
+        ]
+        host[2, num_rows:] = UNKNOWN
+        self._rows[: host.size].copy_(upload(host.reshape(-1), self._device), non_blocking=True)
+        graph.replay()
+        return graph
+
+    def _capture(self, num_rows: int, pool: Any) -> DecodeGraph:
+        rows = DecodeRows(*self._rows[: 3 * num_rows].view(3, num_rows).unbind())
+        rows.slots.fill_(self._tables.padding_slot)
+        rows.positions.fill_(PADDING)
+        rows.token_ids.fill_(UNKNOWN)
+        logits, token_ids = self._step(rows)  # compiles what is not compiled yet
+        if self._device.type != "cuda":
+            return DecodeGraph(num_rows, partial(self._step_into, rows, logits, token_ids), logits, token_ids)
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits, token_ids = self._step(rows)
+        return DecodeGraph(num_rows, graph.replay, logits, token_ids)
+
+    def _step_into(self, rows: DecodeRows, logits: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """A replay where there are no graphs: Triton's interpreter, which tests use."""
+        new_logits, new_token_ids = self._step(rows)
+        logits.copy_(new_logits)
+        token_ids.copy_(new_token_ids)
+
+    @torch.inference_mode()
+    def _step(self, rows: DecodeRows) -> tuple[torch.Tensor, torch.Tensor]:
+        num_rows = len(rows.slots)
+        inputs = _first_rows(self._inputs, num_rows)
+        prepare_decode_(rows, self._tables.last_tokens, self._tables.block_tables, self._block_size, inputs)
+        metadata = AttentionMetadata(
+            block_tables=inputs.block_tables,
+            seq_lens=inputs.seq_lens,
+            query_start_loc=torch.arange(num_rows + 1, device=self._device),
+            slot_mapping=inputs.slot_mapping,
+            num_decodes=num_rows,
+            query_lens=(1,) * num_rows,
+            context_lens=(),
+        )
+        hidden = self._model.forward(inputs.input_ids, inputs.positions, self._kv_cache, metadata)
+        logits = self._model.compute_logits(hidden)
+        token_ids = argmax_rows(logits)
+        self._tables.last_tokens.index_copy_(0, rows.slots.long(), token_ids)
+        return logits, token_ids
+
+
+def _first_rows(inputs: DecodeInputs, num_rows: int) -> DecodeInputs:
+    return DecodeInputs(
+        inputs.input_ids[:num_rows],
+        inputs.positions[:num_rows],
+        inputs.slot_mapping[:num_rows],
+        inputs.seq_lens[:num_rows],
+        inputs.block_tables[:num_rows],
+    )

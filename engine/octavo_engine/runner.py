@@ -1,0 +1,190 @@
+"""Runs a scheduler's steps on the device: prepare -> forward -> sample. The engine's core says when, and what of it.
+
+`launch` hands a step to the device; its result can be waited for later, after the next one was launched. On a CPU the
+result is there at once. On a GPU steps of decodes are CUDA graphs, and everything that the host does not need to know
+stays on the device.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from octavo_kernels.launch import runs_triton
+
+from octavo_engine.batch import copies_on, prepare
+from octavo_engine.decode_graphs import DecodeGraphs
+from octavo_engine.protocol import TokenLogprobs
+from octavo_engine.request import Request
+from octavo_engine.sampler import Sampler, compute_logprobs, is_greedy, needs_history
+from octavo_engine.scheduler import ScheduledRequest, Step
+from octavo_engine.slot_tables import SlotTables
+from octavo_engine.staging import upload
+from octavo_engine.start import Started
+
+# Rows of logits that prompt log probabilities hold at once: a long prompt's would not fit beside the KV cache.
+PROMPT_LOGPROBS_ROWS = 128
+
+
+@dataclass(slots=True, eq=False)
+class Launched:
+    """A step under way.
+
+    sampled:    its sequences that get tokens
+    token_ids:  [num_rounds, len(sampled)] int64 on the host, valid after `wait`
+    raw_logits: what the model computed for the sequences in `logprobs_of` (indices into `sampled`), or None
+    started, ended: on a GPU, events around it
+    """
+
+    step: Step
+    sampled: list[Request]
+    token_ids: torch.Tensor
+    launched_s: float
+    logprobs_of: list[int] = field(default_factory=list)
+    raw_logits: torch.Tensor | None = None
+    started: torch.cuda.Event | None = None
+    ended: torch.cuda.Event | None = None
+    duration_s: float = 0.0
+
+    def wait(self) -> list[list[int]]:
+        """The tokens of each sequence, in order."""
+        if self.started and self.ended:
+            self.ended.synchronize()
+            self.duration_s = self.started.elapsed_time(self.ended) / 1e3
+        else:
+            self.duration_s = time.perf_counter() - self.launched_s
+        token_ids: list[list[int]] = self.token_ids.T.tolist()
+        return token_ids
+
+    def logprobs(self) -> list[TokenLogprobs | None]:
+        """Of each sequence's token, where they were asked for. After `wait`."""
+        logprobs: list[TokenLogprobs | None] = [None] * len(self.sampled)
+        if self.raw_logits is not None:
+            chosen = self.token_ids[0, self.logprobs_of].tolist()
+            num_top = [self.sampled[i].params.logprobs or 0 for i in self.logprobs_of]
+            for i, each in zip(self.logprobs_of, compute_logprobs(self.raw_logits, chosen, num_top), strict=True):
+                logprobs[i] = each
+        return logprobs
+
+
+class Runner:
+    """The model, its KV cache and its sampler on one device."""
+
+    def __init__(self, started: Started, on_progress: Callable[[float], None]) -> None:
+        """Make what steps reuse; on a GPU, capture the graphs."""
+        limits = started.scheduler_limits
+        self._model, self._kv_cache = started.model, started.kv_cache
+        self._device = started.device.torch_device
+        self._block_size = limits.block_size
+        self._sampler = Sampler(sorted(started.eos_token_ids))
+        self._tables: SlotTables | None = None
+        self._graphs: DecodeGraphs | None = None
+        if self.is_asynchronous:
+            max_blocks = -(-limits.max_model_len // limits.block_size)
+            self._tables = SlotTables(limits.max_num_seqs, max_blocks, self._device)
+            if started.enable_cuda_graphs:
+                self._graphs = DecodeGraphs(self._model, self._kv_cache, self._tables, limits.max_num_seqs, on_progress)
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether the device works while the host goes on."""
+        return runs_triton(self._kv_cache)
+
+    def can_repeat(self, requests: Sequence[Request]) -> bool:
+        """Whether a step of these decodes may bring several tokens at once."""
+        return self._graphs is not None and all(is_greedy(request) for request in requests)
+
+    def needs_values(self, requests: Sequence[Request]) -> bool:
+        """Whether one of these samples from a distribution that its promised tokens decide."""
+        return any(request.num_promised and needs_history(request) for request in requests)
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Launched:
+        """Hand a step to the device."""
+        launched_s = time.perf_counter()
+        started = self._record_event()
+        if self._tables is not None:
+            self._tables.update([each.request for each in step.scheduled])
+            self._tables.update(step.sampled)
+        launched = self._launch_graph(step) if self._graphs and step.is_decode else self._launch_eagerly(step)
+        launched.launched_s, launched.started, launched.ended = launched_s, started, self._record_event()
+        return launched
+
+    def _launch_graph(self, step: Step) -> Launched:
+        assert self._graphs is not None
+        sampled = step.sampled
+        self._copy_blocks(copies_on(self._device, step))
+        graph = self._graphs.run(sampled, [each.first_token for each in step.scheduled])
+        host = self._empty_tokens(step.num_rounds, len(sampled))
+        for i in range(step.num_rounds):
+            if i:
+                graph.replay()
+            host[i].copy_(graph.token_ids[: len(sampled)], non_blocking=True)
+        launched = Launched(step, sampled, host, 0.0)
+        if not all(is_greedy(request) for request in sampled):
+            self._sample(launched, graph.logits[: len(sampled)])
+        return launched
+
+    def _launch_eagerly(self, step: Step) -> Launched:
+        batch = prepare(step, self._block_size, self._device, self._tables)
+        self._copy_blocks(batch.block_copies)
+        hidden = self._model.forward(batch.input_ids, batch.positions, self._kv_cache, batch.metadata)
+        self._collect_prompt_logprobs(step, hidden)
+        sampled = step.sampled
+        launched = Launched(step, sampled, torch.empty(1, len(sampled), dtype=torch.int64), 0.0)
+        if sampled:
+            self._sample(launched, self._model.compute_logits(hidden[batch.sampled_rows]))
+        return launched
+
+    def _sample(self, launched: Launched, logits: torch.Tensor) -> None:
+        """Sample a token for each sequence: for the host, and for the next step on the device."""
+        sampled = launched.sampled
+        launched.logprobs_of = [i for i, request in enumerate(sampled) if request.params.logprobs is not None]
+        if launched.logprobs_of:
+            launched.raw_logits = logits[launched.logprobs_of].float()  # a copy: sampling changes rows in place
+        token_ids = self._sampler.sample(logits.float(), sampled)
+        if self._tables is None:
+            launched.token_ids = token_ids[None]
+            return
+        slots = np.fromiter((request.slot for request in sampled), np.int64, len(sampled))
+        self._tables.last_tokens[upload(slots, self._device)] = token_ids
+        launched.token_ids = self._empty_tokens(1, len(sampled))
+        launched.token_ids[0].copy_(token_ids, non_blocking=True)
+
+    def _empty_tokens(self, num_rounds: int, num_sampled: int) -> torch.Tensor:
+        """Host memory that the device can write to while the host goes on."""
+        is_pinned = self._device.type == "cuda"
+        return torch.empty(num_rounds, num_sampled, dtype=torch.int64, pin_memory=is_pinned)
+
+    def _copy_blocks(self, block_copies: torch.Tensor | None) -> None:
+        """Copy on write, before the step writes: all sources are read before any destination is written."""
+        if block_copies is not None:
+            sources, destinations = block_copies
+            self._kv_cache[destinations] = self._kv_cache[sources]
+
+    def _record_event(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _collect_prompt_logprobs(self, step: Step, hidden: torch.Tensor) -> None:
+        """For those who ask: the log probability of each prompt token, from the hidden state before it."""
+        row = 0
+        for each in step.scheduled:
+            if each.request.wants_prompt_logprobs:
+                self._extend_prompt_logprobs(each, hidden[row : row + each.num_tokens])
+            row += each.num_tokens
+
+    def _extend_prompt_logprobs(self, scheduled: ScheduledRequest, hidden: torch.Tensor) -> None:
+        request, first = scheduled.request, scheduled.first_token
+        assert request.prompt_logprobs is not None
+        del request.prompt_logprobs[first + 1 :]  # a preempted prompt starts again
+        targets = request.token_ids[first + 1 : min(first + len(hidden) + 1, request.num_prompt_tokens)]
+        for start_row in range(0, len(targets), PROMPT_LOGPROBS_ROWS):
+            chunk = targets[start_row : start_row + PROMPT_LOGPROBS_ROWS]
+            logits = self._model.compute_logits(hidden[start_row : start_row + len(chunk)]).float()
+            num_top = [request.params.prompt_logprobs or 0] * len(chunk)
+            request.prompt_logprobs += compute_logprobs(logits, chunk, num_top)
