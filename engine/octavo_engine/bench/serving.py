@@ -2,10 +2,11 @@
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import uvloop
 
@@ -18,6 +19,7 @@ from octavo_engine.errors import ConfigError
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 _ASK_TIMEOUT_S: Final = 10.0
+_POLL_INTERVAL_S: Final = 0.5
 # Prompts of a warm-up come from seeds that no timed repeat uses.
 _WARM_UP_SEED: Final = 1 << 31
 
@@ -62,16 +64,29 @@ def started_server(model: str, flags: Sequence[str] = ()) -> Iterator[LocalServe
         yield server
 
 
-def find_endpoint(url: str, model: str | None, *, allow_remote: bool, api_key: str | None) -> Endpoint:
-    """The endpoint at `url`; without `model`, the first that the server lists. Raises ConfigError if none answers."""
+def find_endpoint(
+    url: str, model: str | None, *, allow_remote: bool, api_key: str | None, wait_s: float = 0.0
+) -> Endpoint:
+    """The endpoint at `url`; without `model`, the first that the server lists.
+
+    wait_s: how long a server that starts may take until it answers
+    Raises ConfigError if none answers.
+    """
     endpoint = parse_url(url, model or "", allow_remote=allow_remote, api_key=api_key)
-    if model:
+    if model and not wait_s:
         return endpoint
-    try:
-        listed = uvloop.run(get_json(endpoint, "/v1/models", _ASK_TIMEOUT_S))
-    except (OSError, TimeoutError, ValueError) as error:
-        raise ConfigError(f"no OpenAI-compatible server answers at {url}: {error}") from None
-    return parse_url(url, str(listed["data"][0]["id"]), allow_remote=allow_remote, api_key=api_key)
+    listed = _list_models(endpoint, url, time.monotonic() + wait_s)
+    return parse_url(url, model or str(listed["data"][0]["id"]), allow_remote=allow_remote, api_key=api_key)
+
+
+def _list_models(endpoint: Endpoint, url: str, deadline_s: float) -> Any:
+    while True:
+        try:
+            return uvloop.run(get_json(endpoint, "/v1/models", _ASK_TIMEOUT_S))
+        except (OSError, TimeoutError, ValueError) as error:
+            if time.monotonic() > deadline_s:
+                raise ConfigError(f"no OpenAI-compatible server answers at {url}: {error}") from None
+        time.sleep(_POLL_INTERVAL_S)
 
 
 def run_repeats(endpoint: Endpoint, plan: ServingPlan) -> Iterator[Repeat]:

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,20 @@ from octavo_engine.errors import OctavoError
         (["serve", "--workload", "nothing"], "sharegpt"),
         (["serve", "--url", "http://127.0.0.1:1"], "no OpenAI-compatible server"),
         (["batching", "--url", "http://127.0.0.1:1", "--model", "m"], "exclude"),
+        (["make-checkpoint", "llama", "/tmp/x"], "tiny-llama"),
+        (["make-checkpoint", "tiny-llama"], "into which folder"),
     ],
-    ids=["remote", "two-loops", "two-servers", "two-lengths", "unknown-workload", "no-server", "two-models"],
+    ids=[
+        "remote",
+        "two-loops",
+        "two-servers",
+        "two-lengths",
+        "unknown-workload",
+        "no-server",
+        "two-models",
+        "unknown-shape",
+        "no-folder",
+    ],
 )
 def test_a_mistake_is_told_in_a_sentence(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(bench, arguments)
@@ -27,8 +41,9 @@ def test_a_mistake_is_told_in_a_sentence(arguments: list[str], message: str) -> 
     assert message in str(result.exception)
 
 
-def test_workloads_can_be_listed() -> None:
-    result = CliRunner().invoke(bench, ["serve", "--workload", "list"])
+@pytest.mark.parametrize("command", ["serve", "offline"])
+def test_workloads_can_be_listed(command: str) -> None:
+    result = CliRunner().invoke(bench, [command, "--workload", "list"])
     assert result.exit_code == 0
     assert "sharegpt" in result.output
 
@@ -61,3 +76,23 @@ def test_the_machine_and_its_use_are_described() -> None:
     machine = describe_machine()
     assert machine.num_cpus >= 1
     assert "torch" in machine.versions
+
+
+def test_a_checkpoint_is_made_once_and_from_a_name_or_a_file(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    made = CliRunner().invoke(bench, ["make-checkpoint", "tiny-llama", str(first), "--dtype", "float16"])
+    assert made.exit_code == 0, made.output
+    config_file = first / "config.json"
+    assert json.loads(config_file.read_text())["dtype"] == "float16"
+    again = CliRunner().invoke(bench, ["make-checkpoint", "tiny-llama", str(first)])
+    assert isinstance(again.exception, OctavoError)
+    assert "holds weights already" in str(again.exception)
+    arguments = ["make-checkpoint", "--config", str(config_file), str(second), "--no-weights"]
+    assert CliRunner().invoke(bench, arguments).exit_code == 0
+    assert not list(second.glob("*.safetensors"))
+    assert json.loads((second / "config.json").read_text())["vocab_size"] == 320
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys, octavo_engine.bench.command; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

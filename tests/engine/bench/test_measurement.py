@@ -86,3 +86,8 @@ def test_distribution_and_spread() -> None:
     assert (values.p50, values.mean, values.maximum) == (2.5, 2.5, 4.0)
     assert values.p99 == pytest.approx(3.97)
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(median=2.0, lowest=1.0, highest=3.0)
+
+
+def test_chunks_are_counted_per_good_request() -> None:
+    figures = measure([result(0.1, 0.2, num_output=4), result(0.1), result(error="no")], Goal())
+    assert figures.chunks_per_request == 1.5

@@ -1,3 +1,6 @@
+import hashlib
+
+import numpy as np
 import pytest
 from octavo_engine.bench.workloads import (
     FIRST_TOKEN_ID,
@@ -66,3 +69,23 @@ def test_poisson_arrivals_are_seeded_rising_and_of_the_rate() -> None:
 def test_unknown_workload_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="sharegpt"):
         named("share-gpt")
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [("T0", "7af5d7567f96d51b"), ("W3", "702e82e46865b3e9"), ("W5", "34d16f31f996f11f"), ("D4", "e407d91d8a490e39")],
+)
+def test_peer_workloads_have_the_very_prompts_of_the_peer_comparison(name: str, digest: str) -> None:
+    # SHA-256 over the ids, as little-endian int64, of the comparison's own generator: repeat 3, vocabulary 128,256.
+    requests = make_requests(named(name), 3, vocab_size=128_256)
+    ids = np.array([each.prompt_token_ids for each in requests], dtype="<i8")
+    assert hashlib.sha256(ids.tobytes()).hexdigest()[:16] == digest
+
+
+def test_fewer_requests_of_a_peer_workload_are_its_first_ones() -> None:
+    assert make_requests(named("D16"), 1, num_requests=5) == make_requests(named("D16"), 1)[:5]
+
+
+def test_the_longest_context_counts_prefix_prompt_and_answer() -> None:
+    assert named("W5").longest_context == 2048 + 128 + 128
+    assert named("sharegpt").longest_context == 2048
