@@ -26,7 +26,8 @@ SHARED_MEMORY: Mapping[ComputeCapability, int] = {
     (12, 0): 99 << 10, (12, 1): 99 << 10,
 }  # fmt: skip
 
-_REGISTERS = re.compile(r"Used (\d+) registers")
+_PROGRAMS = Path(triton.backends.nvidia.__file__).parent / "bin"
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 _SPILLS = re.compile(r"(\d+) bytes spill stores")
 
 
@@ -102,22 +103,42 @@ def _compile(job: tuple[str, int, ComputeCapability]) -> Compiled:
     variant, index, (major, minor) = job
     example = examples(variant)[index]
     kernel = compile_example(example, major * 10 + minor)
-    registers, spill_bytes = _resources(kernel.asm["ptx"])
+    registers, stack_bytes = _resources(kernel.asm["cubin"])
+    # Spilled registers lie on the stack, and so does what some of libdevice's functions need.
+    spill_bytes = _spill_bytes(kernel.asm["ptx"]) if stack_bytes else 0
     # Dynamic shared memory is the launch's: only the metadata has it.
     return Compiled(example.name, (major, minor), registers, kernel.metadata.shared, spill_bytes)
 
 
-def _resources(ptx: str) -> tuple[int, int]:
-    """Registers, and spilled bytes, of each thread: what the assembler says of the kernel."""
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack, of each thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_PROGRAMS / "cuobjdump"), "--dump-resource-usage", file.name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    match = _RESOURCES.search(output)
+    assert match, f"cuobjdump said nothing of resources: {output}"
+    return int(match[1]), int(match[2])
+
+
+def _spill_bytes(ptx: str) -> int:
+    """Spilled bytes of each thread, as the assembler tells them."""
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target, "PTX names its target"
     is_blackwell = int(re.sub(r"\D", "", target[1])) >= 100
-    program = Path(triton.backends.nvidia.__file__).parent / "bin" / ("ptxas-blackwell" if is_blackwell else "ptxas")
+    assembler = _PROGRAMS / ("ptxas-blackwell" if is_blackwell else "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [str(program), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        command = [
+            str(assembler),
+            "-v",
+            f"--gpu-name={target[1]}",
+            str(source),
+            "-o",
+            str(source.with_suffix(".cubin")),
+        ]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers, spills = _REGISTERS.search(output), _SPILLS.search(output)
-    assert registers, f"ptxas said nothing of registers: {output}"
-    return int(registers[1]), int(spills[1]) if spills else 0
+    spills = _SPILLS.search(output)
+    return int(spills[1]) if spills else 0

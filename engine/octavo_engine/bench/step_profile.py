@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 OTHER_KIND: Final = "other"
 # The first that matches a kernel's name wins.
 _KINDS: Final = (
-    ("attention", r"attn|attention|flash|fmha|paged|cascade|combine|decode_kernel|prefill_kernel"),
+    ("attention", r"att(n|ention)|flash|fmha|paged|cascade|combine|(decode|prefill|chunk)_kernel|plan_(decodes|chunks)"),
     ("norm, activation, rotary", r"norm|silu|gelu|glu|activation|rotary|rope|(write|store)_kv|kv_(write|cache)"),
     ("gemm", r"gemm|gemv|nvjet|cutlass|cublas|wgmma|matmul|split_?k|s16816|xmma|(^|:|_)(add|b|baddb)?mm\b|linear|moe"),
-    ("sampling", r"sampl|argmax|gumbel|softmax|top_?[kp]|penalt|multinomial|sort|philox"),
+    ("sampling", r"sampl|argmax|best_key|gumbel|softmax|top_?[kp]|penalt|multinomial|sort|philox"),
     ("memory", r"memcpy|memset|copy|fill|cat\b|catarray|index|gather|scatter|embedding|aten::to\b"),
 )
 _PATTERNS: Final = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _KINDS)
