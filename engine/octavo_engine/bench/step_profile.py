@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OTHER_KIND: Final = "other"
 # The first that matches a kernel's name wins.
 _KINDS: Final = (
-    ("attention", r"att(n|ention)|flash|fmha|paged|cascade|combine|(decode|prefill|chunk)_kernel|plan_(decodes|chunks)"),
+    ("attention", r"att(n|ention)|flash|paged|cascade|combine|(decode|prefill|chunk)_kernel|plan_(decodes|chunks)"),
     ("norm, activation, rotary", r"norm|silu|gelu|glu|activation|rotary|rope|(write|store)_kv|kv_(write|cache)"),
     ("gemm", r"gemm|gemv|nvjet|cutlass|cublas|wgmma|matmul|split_?k|s16816|xmma|(^|:|_)(add|b|baddb)?mm\b|linear|moe"),
     ("sampling", r"sampl|argmax|best_key|gumbel|softmax|top_?[kp]|penalt|multinomial|sort|philox"),
