@@ -34,6 +34,10 @@ from octavo_engine.start import Started, start
 
 logger = logging.getLogger(__name__)
 
+# Prompts to warm up with: tokens, temperature, top-p. On a GPU, chunks of different lengths and draws of different
+# kinds run different kernels, which Triton compiles when they are first asked for.
+CPU_WARM_UPS = ((32, 0.0, 1.0),)
+GPU_WARM_UPS = ((3, 0.0, 1.0), (12, 1.0, 1.0), (300, 1.0, 0.9))
 # Tokens that a step may bring each sequence where the host is slower than the device: more would delay newcomers.
 MAX_ROUNDS = 8
 # Weight of the latest step in the running means of what steps cost.
@@ -184,12 +188,14 @@ class EngineCore:
         self._pending += [SequenceOutput(request.request_id, index, [], "abort") for index in indices]
 
     def _warm_up(self) -> None:
-        """Run a prompt and a decode step, so that the first client does not wait for libraries to initialise."""
-        prompt = [0] * max(1, min(32, self._max_model_len - 2))
-        params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-        self.add_request(AddRequest("warm-up", prompt, params, time.monotonic()))
-        while self.has_work:
-            self.step()
+        """Run prompts and decode steps, so that no client waits for libraries to initialise or kernels to compile."""
+        is_gpu = self._started.device.torch_device.type == "cuda"
+        for length, temperature, top_p in GPU_WARM_UPS if is_gpu else CPU_WARM_UPS:
+            prompt = [0] * max(1, min(length, self._max_model_len - 2))
+            params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=2, ignore_eos=True)
+            self.add_request(AddRequest("warm-up", prompt, params, time.monotonic()))
+            while self.has_work:
+                self.step()
         self.scheduler = Scheduler(self._started.scheduler_limits)
         self._num_steps = 0
         self._host_s = self._round_s = self._busy_since_s = 0.0

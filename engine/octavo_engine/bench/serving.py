@@ -69,14 +69,32 @@ def find_endpoint(
 ) -> Endpoint:
     """The endpoint at `url`; without `model`, the first that the server lists.
 
-    wait_s: how long a server that starts may take until it answers
-    Raises ConfigError if none answers.
+    wait_s: how long a server that starts may take until it is healthy
+    Raises ConfigError if none answers, or none is healthy by then.
     """
     endpoint = parse_url(url, model or "", allow_remote=allow_remote, api_key=api_key)
     if model and not wait_s:
         return endpoint
-    listed = _list_models(endpoint, url, time.monotonic() + wait_s)
+    deadline_s = time.monotonic() + wait_s
+    if wait_s:
+        _wait_until_healthy(endpoint, url, deadline_s)
+    listed = _list_models(endpoint, url, deadline_s)
     return parse_url(url, model or str(listed["data"][0]["id"]), allow_remote=allow_remote, api_key=api_key)
+
+
+def _wait_until_healthy(endpoint: Endpoint, url: str, deadline_s: float) -> None:
+    """A server lists its model before it can run it; `/health`, which all of them have, turns to 200 after that."""
+    while True:
+        try:
+            uvloop.run(get_json(endpoint, "/health", _ASK_TIMEOUT_S))
+        except ValueError:  # a 200 whose body is not JSON
+            return
+        except (OSError, TimeoutError) as error:
+            if time.monotonic() > deadline_s:
+                raise ConfigError(f"the server at {url} is not healthy in time: {error}") from None
+        else:
+            return
+        time.sleep(_POLL_INTERVAL_S)
 
 
 def _list_models(endpoint: Endpoint, url: str, deadline_s: float) -> Any:
