@@ -13,7 +13,7 @@ SOURCES := engine/octavo_engine operator/octavo_operator kernels/octavo_kernels 
 export PYTHONUNBUFFERED := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test lint format generate lock bench bench-peers clean
+.PHONY: help install demo test lint check-chart format generate lock bench bench-peers clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ lint: $(INSTALLED) ## Ruff, mypy --strict, import contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+check-chart: $(INSTALLED) ## Check the rendered chart, examples and Dockerfiles: Kubernetes' schemas, checkov
+	@$(BIN)/python tools/check_chart/run.py
+
 format: $(INSTALLED) ## Format the code
 	@$(BIN)/ruff check --fix $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
@@ -47,6 +50,8 @@ generate: $(INSTALLED) ## Write the CRDs from octavo_operator/api.py
 lock: $(INSTALLED) ## Resolve constraints.txt anew from pyproject.toml
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade --no-annotate \
 		--custom-compile-command "make lock" --output-file constraints.txt pyproject.toml
+	@cd tools/check_chart && ../../$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade \
+		--no-annotate --custom-compile-command "make lock" --output-file requirements.txt requirements.in
 
 bench: $(INSTALLED) ## Measure batching and serving on this machine's CPU
 	@mkdir -p build

@@ -9,10 +9,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from api_objects import eventually
 from kubectl import Kubectl
 
 Manifest = dict[str, Any]
@@ -25,10 +26,13 @@ OWN = "app.kubernetes.io/managed-by=octavo"
 class OperatorProcess:
     """`octavo operator` with a log file. `kill` is SIGKILL, `stop` is SIGTERM."""
 
-    def __init__(self, kubeconfig: Path, log: Path, *arguments: str) -> None:
+    def __init__(
+        self, kubeconfig: Path, log: Path, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._kubeconfig = kubeconfig
         self.log = log
         self._arguments = arguments
+        self._environment = environment or {"HF_HUB_OFFLINE": "1"}
         self._port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -48,7 +52,7 @@ class OperatorProcess:
                 ],
                 stdout=log,
                 stderr=log,
-                env={"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default"},
+                env={"PATH": os.environ["PATH"], "PYTHONWARNINGS": "default", **self._environment},
             )
         return self
 
@@ -125,6 +129,21 @@ def has_reached(manifest: Mapping[str, Any] | None, status: str, reason: str = "
         return False
     is_current = manifest["status"]["observedGeneration"] == manifest["metadata"]["generation"]
     return bool(is_current and ready["status"] == status and reason in ("", ready["reason"]))
+
+
+# What the fixtures of the operator's tests give: a resource by its name, nodes of a test's own.
+GetService = Callable[[str], Manifest | None]
+ServiceNodes = Callable[..., Manifest]
+
+
+def wait_for(get_service: GetService, name: str, status: str, reason: str = "", timeout_s: float = 40.0) -> Manifest:
+    """The resource once Ready has this status for the latest spec."""
+
+    def reached() -> Manifest | None:
+        found = get_service(name)
+        return found if has_reached(found, status, reason) else None
+
+    return eventually(reached, f"{name}: Ready={status} {reason}", timeout_s)
 
 
 class Recorder:

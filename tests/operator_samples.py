@@ -5,8 +5,8 @@ from typing import Any
 
 from octavo_engine.geometry import Geometry
 from octavo_operator.api import InferenceServiceSpec
+from octavo_operator.decision import Defaults
 from octavo_operator.observe import ModelGeometry, ObservedNode, observe_node
-from octavo_operator.plan import Defaults
 
 Manifest = dict[str, Any]
 
@@ -42,6 +42,8 @@ def node_manifest(
     memory_mib: int = 0,
     compute: str = "",
     gpus: int = 0,
+    resources: Mapping[str, str] | None = None,
+    driver: int = 0,
     arch: str = "amd64",
     cpu: str = "64",
     memory: str = "512Gi",
@@ -57,7 +59,9 @@ def node_manifest(
         all_labels["nvidia.com/gpu.memory"] = str(memory_mib)
     if compute:
         all_labels["nvidia.com/gpu.compute.major"], all_labels["nvidia.com/gpu.compute.minor"] = compute.split(".")
-    allocatable = {"cpu": cpu, "memory": memory, "pods": "110"}
+    if driver:
+        all_labels["nvidia.com/cuda.driver.major"] = str(driver)
+    allocatable = {"cpu": cpu, "memory": memory, "pods": "110", **(resources or {})}
     if gpus:
         allocatable["nvidia.com/gpu"] = str(gpus)
     return {
@@ -88,6 +92,43 @@ def h100_node(name: str = "h100-0", gpus: int = 8, **settings: Any) -> ObservedN
 def gh200_node(name: str = "gh200-0", gpus: int = 1, **settings: Any) -> ObservedNode:
     settings = {"arch": "arm64", "memory": "480Gi", **settings}
     return node(name, product="NVIDIA-GH200-480GB", memory_mib=97_871, compute="9.0", gpus=gpus, **settings)
+
+
+def resource_slice(node_name: str, *devices: Manifest, driver: str = "gpu.nvidia.com") -> Manifest:
+    """A ResourceSlice as a DRA driver publishes it."""
+    return {
+        "apiVersion": "resource.k8s.io/v1",
+        "kind": "ResourceSlice",
+        "metadata": {"name": f"{node_name}-{driver}"},
+        "spec": {
+            "driver": driver,
+            "nodeName": node_name,
+            "pool": {"name": node_name, "generation": 1, "resourceSliceCount": 1},
+            "devices": list(devices),
+        },
+    }
+
+
+def gpu_device(
+    name: str, product: str, compute: str, memory_mib: int, *, driver: str = "580.95.5", profile: str = ""
+) -> Manifest:
+    """A device of a ResourceSlice, with the attributes of NVIDIA's driver."""
+    attributes: Manifest = {
+        "type": {"string": "mig" if profile else "gpu"},
+        "productName": {"string": product},
+        "cudaComputeCapability": {"version": f"{compute}.0"},
+        "driverVersion": {"version": driver},
+        "cudaDriverVersion": {"version": "13.0.0"},
+    }
+    if profile:
+        attributes["profile"] = {"string": profile}
+    return {"name": name, "attributes": attributes, "capacity": {"memory": {"value": f"{memory_mib}Mi"}}}
+
+
+def hardware_profile(name: str, created: str = "", **fields: Any) -> Manifest:
+    """A HardwareProfile as a user writes it, in camelCase."""
+    metadata = {"name": name, **({"creationTimestamp": created} if created else {})}
+    return {"apiVersion": "octavo.dev/v1alpha1", "kind": "HardwareProfile", "metadata": metadata, "spec": fields}
 
 
 def spec(**fields: Any) -> InferenceServiceSpec:

@@ -74,6 +74,9 @@ class FinishedSequence:
 class SequenceObserver(Protocol):
     """Who wants to know when tokens come. Called on the event loop, per sequence and step: it must be quick."""
 
+    def observe_queue_time(self, seconds: float) -> None:
+        """The time from a request's arrival to its first step."""
+
     def observe_first_token(self, seconds: float) -> None:
         """The time from the request's arrival to its first token."""
 
@@ -192,6 +195,7 @@ class AsyncEngine:
         self._phase_since_s = clock()
         self.started_s = clock()
         self.phase = EnginePhase("starting")
+        self._phase_seconds: dict[str, float] = {}
         self.ready: EngineReady | None = None
         self.ready_after_s: float | None = None
         self.stats = EngineStats()
@@ -233,6 +237,12 @@ class AsyncEngine:
     def startup_elapsed_s(self) -> float:
         """How long start-up has taken so far, or took altogether."""
         return self._clock() - self.started_s if self.ready_after_s is None else self.ready_after_s
+
+    def phase_seconds(self) -> dict[str, float]:
+        """How long each phase of start-up took, in order; the present one so far."""
+        if self.ready is not None:
+            return dict(self._phase_seconds)
+        return {**self._phase_seconds, self.phase.phase: self._clock() - self._phase_since_s}
 
     def estimate_remaining_s(self) -> float | None:
         """How long the present phase of start-up has left at its pace so far; None where nothing tells."""
@@ -337,7 +347,9 @@ class AsyncEngine:
 
     def _enter_phase(self, phase: EnginePhase) -> None:
         if phase.phase != self.phase.phase:
-            self._phase_since_s = self._clock()
+            now = self._clock()
+            self._phase_seconds[self.phase.phase] = now - self._phase_since_s
+            self._phase_since_s = now
         self.phase = phase
 
     def _dispatch(self, step: StepOutputs) -> None:
@@ -350,6 +362,8 @@ class AsyncEngine:
                 self._deliver(request, output, now)
 
     def _deliver(self, request: _Request, output: SequenceOutput, now: float) -> None:
+        if self._observer and output.queue_time_s is not None:
+            self._observer.observe_queue_time(output.queue_time_s)
         self._observe_tokens(request, output, now)
         chunk = Chunk(
             request.prompt_index,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
+from octavo_kernels.hardware import CPU, KERNEL_VARIANTS
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from octavo_engine.errors import ConfigError
@@ -17,6 +18,7 @@ from octavo_engine.errors import ConfigError
 ENVIRONMENT_PREFIX = "OCTAVO_"
 
 DataType = Literal["auto", "float32", "bfloat16", "float16"]
+KvCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
 Quantization = Literal["none", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
@@ -56,7 +58,14 @@ class EngineConfig(BaseModel):
         description="Weights of linear layers: none keeps the dtype; int8, with one scale per output "
         "channel, saves memory and costs some accuracy.",
     )
-    kv_cache_dtype: DataType = Field("auto", description="Data type of the KV cache; auto: the activations'.")
+    kv_cache_dtype: KvCacheDtype = Field(
+        "auto",
+        description="Data type of the KV cache; auto: the activations'; fp8: 8-bit floats (e4m3), on GPUs that have "
+        "them, for twice the tokens.",
+    )
+    kernel_variant: str | None = Field(
+        None, description="Set of tuned kernels that a GPU runs, such as hopper; default: by the hardware table."
+    )
     max_model_len: PositiveInt | None = Field(
         None,
         description="Longest context in tokens, prompt and answer together; default: the model's, if it fits.",
@@ -77,6 +86,12 @@ class EngineConfig(BaseModel):
     enable_cuda_graphs: bool = Field(
         True, description="Capture decode steps as CUDA graphs; without them each kernel is launched by the host."
     )
+    kernel_cache_dir: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder where compiled GPU kernels are kept for later starts, such as a pod's volume; default: "
+        "octavo/kernels in the user's cache folder.",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds requests that bring no seed of their own.")
     num_threads: PositiveInt | None = Field(None, description="CPU threads of the engine; default: all it may use.")
     chat_template: str | None = Field(None, description="File with a Jinja chat template; default: the model's own.")
@@ -91,6 +106,14 @@ class EngineConfig(BaseModel):
     def _read_number(cls, value: Any) -> Any:
         """A variable's text as the number that it is: pydantic does so for integers, but not for a choice of them."""
         return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+    @field_validator("kernel_variant")
+    @classmethod
+    def _check_variant(cls, value: str | None) -> str | None:
+        names = [name for name in KERNEL_VARIANTS if name != CPU.kernel_variant]
+        if value is not None and value not in names:
+            raise ValueError(f"{value} is no set of kernels: there are {', '.join(names)}")
+        return value
 
     @property
     def model_name(self) -> str:

@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from random import Random
 
-from octavo_engine.capacity import step_limit_s
+import msgspec
+
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import InvalidRequestError
 from octavo_engine.protocol import (
@@ -29,15 +30,20 @@ from octavo_engine.protocol import (
 )
 from octavo_engine.request import Request, RequestStatus
 from octavo_engine.runner import Launched, Runner
-from octavo_engine.scheduler import Scheduler
+from octavo_engine.scheduler import Scheduler, Step
 from octavo_engine.start import Started, start
+from octavo_engine.step_roofline import scheduled_step_limit_s
 
 logger = logging.getLogger(__name__)
 
-# Prompts to warm up with: tokens, temperature, top-p. On a GPU, chunks of different lengths and draws of different
-# kinds run different kernels, which Triton compiles when they are first asked for.
-CPU_WARM_UPS = ((32, 0.0, 1.0),)
-GPU_WARM_UPS = ((3, 0.0, 1.0), (12, 1.0, 1.0), (300, 1.0, 0.9))
+# Prompts to warm up with: tokens, and how to sample. On a GPU, chunks of different lengths and draws of different kinds
+# run different kernels, which Triton compiles when they are first asked for.
+CPU_WARM_UPS = ((32, SamplingParams(temperature=0.0)),)
+GPU_WARM_UPS = (
+    (3, SamplingParams(temperature=0.0)),
+    (12, SamplingParams()),
+    (300, SamplingParams(top_p=0.9, repetition_penalty=1.1, logit_bias={0: 1.0}, min_tokens=2)),
+)
 # Tokens that a step may bring each sequence where the host is slower than the device: more would delay newcomers.
 MAX_ROUNDS = 8
 # Weight of the latest step in the running means of what steps cost.
@@ -106,9 +112,8 @@ class EngineCore:
     def step(self) -> StepOutputs:
         """Give the device a step, and return what its sequences gained by the one that is done."""
         outputs, self._pending = self._pending, []
-        if self._under_way and self._runner.needs_values(self.scheduler.running):
-            outputs += self._complete_all()
         step = self.scheduler.schedule(self._max_rounds())
+        self._note_admitted(step)
         if step.scheduled:
             self._under_way.append(self._runner.launch(step))
             self.scheduler.launch(step)
@@ -122,19 +127,16 @@ class EngineCore:
         self._measure_host(waited_s)
         return StepOutputs(outputs, self._stats())
 
+    def _note_admitted(self, step: Step) -> None:
+        for request in step.admitted:
+            if request.queue_time_s is None:  # the first time, not after a preemption
+                request.queue_time_s = time.monotonic() - request.arrival_time_s
+
     def _max_rounds(self) -> int:
         """As many tokens for each sequence as keep the device busy while the host prepares the next step."""
         if not 0 < self._round_s < self._host_s or not self._runner.can_repeat(self.scheduler.running):
             return 1
         return min(MAX_ROUNDS, math.ceil(self._host_s / self._round_s))
-
-    def _complete_all(self) -> list[SequenceOutput]:
-        """Catch up with the device."""
-        outputs: list[SequenceOutput] = []
-        while self._under_way:
-            launched = self._under_way.popleft()
-            outputs += self._complete(launched, launched.wait())
-        return outputs
 
     def _complete(self, launched: Launched, token_ids: list[list[int]]) -> list[SequenceOutput]:
         """Book a step that is done; what ended while it ran gets nothing more."""
@@ -161,20 +163,21 @@ class EngineCore:
             stop_token_id=token_ids[-1] if reason == "stop" else None,
             logprobs=None if logprobs is None else [logprobs],
             num_cached_tokens=request.num_cached_tokens if is_first else 0,
+            queue_time_s=request.queue_time_s if is_first else None,
             prompt_logprobs=prompt_logprobs,
         )
 
     def _up_to_the_end(self, request: Request, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
         """The new tokens that belong to the answer, and why it ends with them if it does."""
-        params, num_output = request.params, request.num_known_tokens - request.num_prompt_tokens
+        params = request.params
         eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
         if eos_token_ids or params.stop_token_ids:
+            num_output = request.num_known_tokens - request.num_prompt_tokens
             for count, token_id in enumerate(token_ids, 1):
                 is_end = token_id in eos_token_ids or token_id in params.stop_token_ids
                 if is_end and num_output + count >= params.min_tokens:
                     return token_ids[:count], "stop"
-        num_output += len(token_ids)
-        is_full = num_output >= params.max_tokens or request.num_prompt_tokens + num_output >= self._max_model_len
+        is_full = request.num_known_tokens + len(token_ids) >= request.max_num_tokens
         return token_ids, "length" if is_full else None
 
     @property
@@ -190,9 +193,9 @@ class EngineCore:
     def _warm_up(self) -> None:
         """Run prompts and decode steps, so that no client waits for libraries to initialise or kernels to compile."""
         is_gpu = self._started.device.torch_device.type == "cuda"
-        for length, temperature, top_p in GPU_WARM_UPS if is_gpu else CPU_WARM_UPS:
+        for length, sampling in GPU_WARM_UPS if is_gpu else CPU_WARM_UPS:
             prompt = [0] * max(1, min(length, self._max_model_len - 2))
-            params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=2, ignore_eos=True)
+            params = msgspec.structs.replace(sampling, max_tokens=2, ignore_eos=True)
             self.add_request(AddRequest("warm-up", prompt, params, time.monotonic()))
             while self.has_work:
                 self.step()
@@ -214,16 +217,8 @@ class EngineCore:
         self._last_step_time_s = round_s
         if step.is_decode:
             self._round_s += NEWEST_SHARE * (round_s - self._round_s)
-        capacity = self._started.capacity
-        num_context_tokens = sum(each.first_token + each.num_tokens for each in step.scheduled)
-        limit_s = step_limit_s(
-            self._started.geometry,
-            self._started.device.hardware,
-            weight_bytes=capacity.weight_bytes,
-            kv_bytes=num_context_tokens * capacity.kv_block_bytes // capacity.block_size,
-            num_tokens=step.num_tokens,
-            num_logits=len(step.scheduled),
-        )
+        started = self._started
+        limit_s = scheduled_step_limit_s(step, started.geometry, started.device.hardware, started.capacity)
         self._roofline_ratio = limit_s / round_s
 
     def _stats(self) -> EngineStats:

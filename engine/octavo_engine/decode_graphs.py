@@ -17,16 +17,12 @@ from octavo_kernels.ops.argmax import argmax_rows
 from octavo_kernels.ops.attention_metadata import AttentionMetadata
 from octavo_kernels.ops.prepare_decode import PADDING, UNKNOWN, DecodeInputs, DecodeRows, empty_inputs, prepare_decode_
 
+from octavo_engine.capacity import graph_sizes
+from octavo_engine.graph_capture import capture
 from octavo_engine.models import Model
 from octavo_engine.request import Request
 from octavo_engine.slot_tables import SlotTables
 from octavo_engine.staging import upload
-
-
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture: close enough that padding costs little, few enough that start-up is short."""
-    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 32, 32)]
-    return [*(size for size in steps if size < max_num_seqs), max_num_seqs]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +44,7 @@ class DecodeGraphs:
         kv_cache: torch.Tensor,
         tables: SlotTables,
         max_num_seqs: int,
+        pool: Any,
         on_progress: Callable[[float], None],
     ) -> None:
         """Capture every size, the largest first, since the smaller ones fit into its memory."""
@@ -57,7 +54,6 @@ class DecodeGraphs:
         self._rows = torch.empty(3 * max_num_seqs, dtype=torch.int32, device=self._device)
         self._inputs = empty_inputs(max_num_seqs, tables.block_tables.shape[1], self._device)
         self._graphs: dict[int, DecodeGraph] = {}
-        pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         for count, num_rows in enumerate(reversed(self._sizes), 1):
             self._graphs[num_rows] = self._capture(num_rows, pool)
             on_progress(count / len(self._sizes))
@@ -87,20 +83,9 @@ class DecodeGraphs:
         rows.slots.fill_(self._tables.padding_slot)
         rows.positions.fill_(PADDING)
         rows.token_ids.fill_(UNKNOWN)
-        logits, token_ids = self._step(rows)  # compiles what is not compiled yet
-        if self._device.type != "cuda":
-            return DecodeGraph(num_rows, partial(self._step_into, rows, logits, token_ids), logits, token_ids)
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            logits, token_ids = self._step(rows)
-        return DecodeGraph(num_rows, graph.replay, logits, token_ids)
-
-    def _step_into(self, rows: DecodeRows, logits: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """A replay where there are no graphs: Triton's interpreter, which tests use."""
-        new_logits, new_token_ids = self._step(rows)
-        logits.copy_(new_logits)
-        token_ids.copy_(new_token_ids)
+        captured = capture(partial(self._step, rows), self._device, pool)
+        logits, token_ids = captured.outputs
+        return DecodeGraph(num_rows, captured.replay, logits, token_ids)
 
     @torch.inference_mode()
     def _step(self, rows: DecodeRows) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from octavo_kernels.hardware import CPU, Hardware, Match, identify_gpu
+from octavo_kernels.hardware import CPU, ComputeCapability, Hardware, Match, identify_gpu, min_capability
+from octavo_kernels.launch import use_variant
+from octavo_kernels.slices import mig_slice, parse_mig_profile, profile_of
 
-from octavo_engine.capacity import GIB
+from octavo_engine.capacity import GIB, check_kv_cache_dtype, resolve_weight_dtype
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError
 from octavo_engine.geometry import Geometry
@@ -31,13 +33,23 @@ class Device:
 def open_device(config: EngineConfig) -> Device:
     """The device that the configuration names, or the best there is.
 
-    Raises ConfigError if a GPU is asked for and there is none.
+    Raises ConfigError if a GPU is asked for and there is none; CapacityError if it lacks the cache's type.
     """
+    device = _find_device(config)
+    check_kv_cache_dtype(config.kv_cache_dtype, device.hardware)
+    return device
+
+
+def _find_device(config: EngineConfig) -> Device:
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
         raise ConfigError("device cuda was asked for, but torch sees no NVIDIA GPU here; use device cpu or auto")
     if config.device == "cuda" or (config.device == "auto" and has_gpu):
         return _open_gpu(config)
+    if config.kernel_variant:
+        raise ConfigError(
+            f"kernel_variant {config.kernel_variant} was asked for, but it is for GPUs, and this is a CPU"
+        )
     torch.set_num_threads(config.num_threads or _available_cpus())
     memory = int(config.memory_gib * GIB) if config.memory_gib else _available_memory()
     return Device(torch.device("cpu"), CPU, memory)
@@ -45,13 +57,7 @@ def open_device(config: EngineConfig) -> Device:
 
 def resolve_dtype(config: EngineConfig, geometry: Geometry, device: Device) -> torch.dtype:
     """The weights' data type: what was asked for; else float32 on a CPU, and the checkpoint's on a GPU."""
-    name: str
-    if config.dtype != "auto":
-        name = config.dtype
-    elif device.hardware.is_gpu:
-        name = geometry.dtype if geometry.dtype in ("bfloat16", "float16") else "bfloat16"
-    else:
-        name = "float32"
+    name = resolve_weight_dtype(config.dtype, geometry, device.hardware)
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -61,8 +67,34 @@ def _open_gpu(config: EngineConfig) -> Device:
     properties = torch.cuda.get_device_properties(torch_device)
     match = identify_gpu(properties.name, (properties.major, properties.minor), properties.total_memory >> 20)
     _log_match(match)
+    _choose_kernels(config.kernel_variant, (properties.major, properties.minor))
     memory = int(config.memory_gib * GIB) if config.memory_gib else properties.total_memory
-    return Device(torch_device, match.hardware, memory)
+    hardware = _slice_of(match.hardware, properties.name, properties.total_memory >> 20)
+    return Device(torch_device, hardware, memory)
+
+
+def _slice_of(row: Hardware, name: str, memory_mib: int) -> Hardware:
+    """The row of the MIG slice that the driver's name tells of; the GPU's own row where it tells of none."""
+    profile = parse_mig_profile(profile_of(name))
+    if profile is None:
+        return row
+    try:
+        return mig_slice(row, profile, memory_mib)
+    except ValueError as error:
+        logger.warning("predictions are those of a whole GPU: %s", error)
+        return row
+
+
+def _choose_kernels(variant: str | None, capability: ComputeCapability) -> None:
+    """Have the kernels run in the variant that was asked for. Raises ConfigError if the GPU is too old for it."""
+    needed = min_capability(variant) if variant else None
+    if needed is not None and capability < needed:
+        raise ConfigError(
+            "kernel_variant {} is made for compute capability {}.{} and above; this GPU has {}.{}".format(
+                variant, *needed, *capability
+            )
+        )
+    use_variant(variant or "")
 
 
 def _log_match(match: Match) -> None:

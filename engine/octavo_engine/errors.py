@@ -4,6 +4,8 @@ User mistakes raise an `OctavoError`; the command line prints its one sentence a
 answers with OpenAI's error body. Anything else is a defect and keeps its traceback.
 """
 
+from typing import Literal
+
 
 class OctavoError(Exception):
     """A mistake of the user's, or of the environment, told in one sentence."""
@@ -13,8 +15,15 @@ class ConfigError(OctavoError):
     """A flag, an OCTAVO_* variable or a field of the configuration file is wrong."""
 
 
+SourceReason = Literal["ModelNotFound", "ModelAccessDenied", "HubRateLimited", "HubUnavailable", "ModelUnreadable"]
+
+
 class ModelSourceError(OctavoError):
-    """The model cannot be found, reached or read."""
+    """The model cannot be found, reached or read; `reason` is the same in one word, for conditions."""
+
+    def __init__(self, message: str, *, reason: SourceReason = "ModelUnreadable") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class UnsupportedModelError(OctavoError):
@@ -22,7 +31,7 @@ class UnsupportedModelError(OctavoError):
 
 
 class CapacityError(OctavoError):
-    """The model, or the limits that were asked for, do not fit into the memory that there is."""
+    """The model, or what was asked for, does not fit onto the hardware that there is."""
 
 
 class InvalidRequestError(OctavoError):

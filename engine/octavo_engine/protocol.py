@@ -38,6 +38,11 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] = {}
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far count against themselves."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
 
 class AddRequest(msgspec.Struct, frozen=True, tag=True):
     """Start `params.n` sequences from one prompt. Outputs name them by (`request_id`, `index`), 0 <= index < n."""
@@ -83,6 +88,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token_id: int | None = None  # the token in `token_ids` that ended it, if it was a stop token
     logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = 0  # prompt tokens that the prefix cache supplied
+    queue_time_s: float | None = None  # once, with the first output of index 0: from arrival to the first step
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, with the first output of index 0
     error: str | None = None
 

@@ -31,6 +31,9 @@ class Request:
     block_ids:       its KV blocks in order; block i holds tokens [i * block_size, (i + 1) * block_size)
     num_published:   how many of them the prefix cache has been told of; `cache_node` is the deepest of these
     num_forks:       sequences to fork off when the prompt is computed (n - 1)
+    max_num_tokens:  when it ends at the latest, prompt included
+    may_share_tail:  whether another sequence may hold the block that its next token goes to
+    queue_time_s:    from its arrival until it first ran; None before that
     slot:            its row in the device's tables of running sequences; -1 while it does not run
     num_table_blocks: how many of `block_ids` the device's table has
     """
@@ -43,11 +46,14 @@ class Request:
     seed: int
     arrival_time_s: float
     num_forks: int = 0
+    max_num_tokens: int = 0
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_promised: int = 0
+    queue_time_s: float | None = None
     block_ids: list[int] = field(default_factory=list)
+    may_share_tail: bool = False
     slot: int = -1
     num_table_blocks: int = 0
     num_published: int = 0
@@ -106,6 +112,7 @@ class Request:
             params=self.params,
             seed=self.seed,
             arrival_time_s=self.arrival_time_s,
+            max_num_tokens=self.max_num_tokens,
             status=self.status,
             num_computed_tokens=self.num_computed_tokens,
             num_cached_tokens=self.num_cached_tokens,

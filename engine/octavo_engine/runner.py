@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from octavo_kernels.launch import runs_triton
+from octavo_kernels.ops import prompt_attention
 
 from octavo_engine.batch import copies_on, prepare
 from octavo_engine.decode_graphs import DecodeGraphs
+from octavo_engine.gpu_sampler import GpuSampler
+from octavo_engine.graph_capture import graph_pool
+from octavo_engine.mixed_graphs import MixedGraphs
 from octavo_engine.protocol import TokenLogprobs
 from octavo_engine.request import Request
-from octavo_engine.sampler import Sampler, compute_logprobs, is_greedy, needs_history
+from octavo_engine.sampler import Sampler, compute_logprobs, is_greedy
 from octavo_engine.scheduler import ScheduledRequest, Step
 from octavo_engine.slot_tables import SlotTables
 from octavo_engine.staging import upload
@@ -77,14 +81,33 @@ class Runner:
         self._model, self._kv_cache = started.model, started.kv_cache
         self._device = started.device.torch_device
         self._block_size = limits.block_size
-        self._sampler = Sampler(sorted(started.eos_token_ids))
+        eos_token_ids = sorted(started.eos_token_ids)
+        self._sampler: Sampler | GpuSampler = Sampler(eos_token_ids)
         self._tables: SlotTables | None = None
         self._graphs: DecodeGraphs | None = None
+        self._mixed_graphs: MixedGraphs | None = None
+        if self._device.type == "cuda":
+            geometry = started.geometry
+            heads = torch.zeros(
+                limits.max_num_batched_tokens, geometry.num_heads + 2 * geometry.num_kv_heads, geometry.head_dim,
+                dtype=self._kv_cache.dtype, device=self._device,
+            )  # fmt: skip
+            prompt_attention.warm_up(heads, geometry.num_heads, geometry.num_kv_heads, self._kv_cache[:, 0])
         if self.is_asynchronous:
+            self._sampler = GpuSampler(eos_token_ids, limits.max_num_seqs, self._device)
             max_blocks = -(-limits.max_model_len // limits.block_size)
             self._tables = SlotTables(limits.max_num_seqs, max_blocks, self._device)
             if started.enable_cuda_graphs:
-                self._graphs = DecodeGraphs(self._model, self._kv_cache, self._tables, limits.max_num_seqs, on_progress)
+                pool = graph_pool(self._device)
+                self._mixed_graphs = MixedGraphs(
+                    self._model, self._kv_cache, self._tables.block_tables,
+                    limits.max_num_seqs, limits.max_num_batched_tokens, pool,
+                    lambda fraction: on_progress(fraction / 2),
+                )  # fmt: skip
+                self._graphs = DecodeGraphs(
+                    self._model, self._kv_cache, self._tables, limits.max_num_seqs, pool,
+                    lambda fraction: on_progress((1 + fraction) / 2),
+                )  # fmt: skip
 
     @property
     def is_asynchronous(self) -> bool:
@@ -94,10 +117,6 @@ class Runner:
     def can_repeat(self, requests: Sequence[Request]) -> bool:
         """Whether a step of these decodes may bring several tokens at once."""
         return self._graphs is not None and all(is_greedy(request) for request in requests)
-
-    def needs_values(self, requests: Sequence[Request]) -> bool:
-        """Whether one of these samples from a distribution that its promised tokens decide."""
-        return any(request.num_promised and needs_history(request) for request in requests)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
@@ -129,7 +148,10 @@ class Runner:
     def _launch_eagerly(self, step: Step) -> Launched:
         batch = prepare(step, self._block_size, self._device, self._tables)
         self._copy_blocks(batch.block_copies)
-        hidden = self._model.forward(batch.input_ids, batch.positions, self._kv_cache, batch.metadata)
+        if self._mixed_graphs and self._mixed_graphs.has(batch):
+            hidden = self._mixed_graphs.run(batch)
+        else:
+            hidden = self._model.forward(batch.input_ids, batch.positions, self._kv_cache, batch.metadata)
         self._collect_prompt_logprobs(step, hidden)
         sampled = step.sampled
         launched = Launched(step, sampled, torch.empty(1, len(sampled), dtype=torch.int64), 0.0)
@@ -142,7 +164,8 @@ class Runner:
         sampled = launched.sampled
         launched.logprobs_of = [i for i, request in enumerate(sampled) if request.params.logprobs is not None]
         if launched.logprobs_of:
-            launched.raw_logits = logits[launched.logprobs_of].float()  # a copy: sampling changes rows in place
+            rows = upload(np.array(launched.logprobs_of), self._device)
+            launched.raw_logits = logits[rows].float()  # a copy: sampling changes rows in place
         token_ids = self._sampler.sample(logits.float(), sampled)
         if self._tables is None:
             launched.token_ids = token_ids[None]
@@ -161,7 +184,9 @@ class Runner:
         """Copy on write, before the step writes: all sources are read before any destination is written."""
         if block_copies is not None:
             sources, destinations = block_copies
-            self._kv_cache[destinations] = self._kv_cache[sources]
+            # 8-bit floats as bytes, which torch indexes on every device.
+            cache = self._kv_cache.view(torch.uint8) if self._kv_cache.itemsize == 1 else self._kv_cache
+            cache[destinations] = cache[sources]
 
     def _record_event(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":

@@ -2,22 +2,18 @@
 
 A sequence's draw depends on its seed, its index and its position alone, never on what else is in the batch: the random
 number is a hash of the three, and the token is where it falls in the cumulative distribution. Only the rows that ask
-for something are touched by it; a batch of greedy requests is one argmax. A GPU draws with numbers of its own
-(`octavo_kernels.ops.sample_tokens`): a seed repeats on the same kind of device.
+for something are touched by it; a batch of greedy requests is one argmax. A GPU has a sampler of its own
+(`gpu_sampler.py`), which draws other numbers: a seed repeats on the same kind of device.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
 import torch
-from octavo_kernels.launch import runs_triton
-from octavo_kernels.ops.argmax import argmax_rows
-from octavo_kernels.ops.sample_tokens import SamplingTensors, sample_rows
 
 from octavo_engine.protocol import SamplingParams, TokenLogprobs
 from octavo_engine.request import Request
-from octavo_engine.staging import upload
 
 Words = np.ndarray[Any, np.dtype[np.uint64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -40,8 +36,6 @@ class Sampler:
         logits: [len(requests), vocab_size] float32; rows that ask for constraints are changed in place
         """
         self._apply_constraints(logits, requests)
-        if runs_triton(logits):
-            return _sample_on_gpu(logits, requests)
         token_ids = logits.argmax(dim=-1)
         for draw, rows in _random_rows(requests):
             drawn = draw(logits[rows], [requests[i] for i in rows])
@@ -54,9 +48,9 @@ class Sampler:
             if params.logit_bias:
                 token_ids = torch.tensor(list(params.logit_bias), device=logits.device)
                 logits[i, token_ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-            if request.num_output_tokens < params.min_tokens:
-                logits[i, [*self._eos_token_ids, *params.stop_token_ids]] = -torch.inf
-            if _has_penalties(params):
+            if forbidden := forbidden_tokens(request, self._eos_token_ids):
+                logits[i, list(forbidden)] = -torch.inf
+            if params.has_penalties:
                 _penalise(logits[i], request)
 
 
@@ -64,12 +58,19 @@ def is_greedy(request: Request) -> bool:
     """Whether a sequence's next token is the likeliest one, whatever came before it, and nothing else is asked for."""
     params = request.params
     is_plain = params.temperature == 0 and params.logprobs is None and not params.logit_bias
-    return is_plain and not needs_history(request) and request.num_output_tokens >= params.min_tokens
+    return is_plain and not params.has_penalties and request.num_output_tokens >= params.min_tokens
 
 
-def needs_history(request: Request) -> bool:
-    """Whether the next token's distribution depends on the values of the tokens so far, beyond the model."""
-    return _has_penalties(request.params)
+def forbidden_tokens(request: Request, eos_token_ids: Sequence[int]) -> Sequence[int]:
+    """What must not come next: that which would end a sequence before it has `min_tokens`."""
+    if request.num_output_tokens >= request.params.min_tokens:
+        return ()
+    return (*eos_token_ids, *request.params.stop_token_ids)
+
+
+def has_filters(params: SamplingParams) -> bool:
+    """Whether a draw is from a part of the tokens only."""
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
 def compute_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
@@ -88,10 +89,6 @@ def compute_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: Se
     ]
 
 
-def _has_penalties(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
-
-
 def _penalise(row: torch.Tensor, request: Request) -> None:
     """Repetition (CTRL, arXiv:1909.05858): over all tokens. Presence, frequency (OpenAI): over generated tokens."""
     params = request.params
@@ -105,43 +102,17 @@ def _penalise(row: torch.Tensor, request: Request) -> None:
         row[torch.from_numpy(token_ids)] -= torch.from_numpy(penalties).to(row)
 
 
-def _sample_on_gpu(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-    """One token for each sequence, without waiting for the device and without a sort."""
-    params = [request.params for request in requests]
-    if all(each.temperature == 0 for each in params):
-        return argmax_rows(logits)
-
-    def tensor(values: Iterable[float], dtype: type[np.generic]) -> torch.Tensor:
-        return upload(np.fromiter(values, dtype, len(requests)), logits.device)
-
-    seeds = np.fromiter((request.seed % 2**64 for request in requests), np.uint64, len(requests))
-    sampling = SamplingTensors(
-        temperatures=tensor((each.temperature for each in params), np.float32),
-        top_k=tensor((each.top_k for each in params), np.int32),
-        top_p=tensor((each.top_p for each in params), np.float32),
-        min_p=tensor((each.min_p for each in params), np.float32),
-        seeds=upload(seeds.view(np.int64), logits.device),
-        indices=tensor((request.index for request in requests), np.int32),
-        positions=tensor((request.num_tokens for request in requests), np.int32),
-    )
-    return sample_rows(logits, sampling, any_filters=any(_has_filters(each) for each in params))
-
-
 def _random_rows(requests: Sequence[Request]) -> Iterator[tuple[Draw, list[int]]]:
     """The rows that draw, by how they draw: a row's filters decide alone, so that its neighbours' cannot matter."""
     plain: list[int] = []
     filtered: list[int] = []
     for i, request in enumerate(requests):
         if request.params.temperature > 0:
-            (filtered if _has_filters(request.params) else plain).append(i)
+            (filtered if has_filters(request.params) else plain).append(i)
     if plain:
         yield _draw, plain
     if filtered:
         yield _draw_filtered, filtered
-
-
-def _has_filters(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
 def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:

@@ -16,6 +16,7 @@ Torch-free; it knows nothing of tensors or of what a token means.
 from collections import deque
 from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 
 from octavo_engine.block_pool import BlockPool
@@ -37,9 +38,12 @@ class SchedulerLimits:
     enable_prefix_caching: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScheduledRequest:
-    """`num_tokens` tokens of a request, from `first_token` on. `sampled`: who samples from the last token's logits."""
+    """`num_tokens` tokens of a request, from `first_token` on. `sampled`: who samples from the last token's logits.
+
+    Nothing changes it; but to make a frozen one takes four times as long, and one is made for every token.
+    """
 
     request: Request
     first_token: int
@@ -47,7 +51,7 @@ class ScheduledRequest:
     sampled: tuple[Request, ...]
 
 
-@dataclass(slots=True)
+@dataclass
 class Step:
     """One step of the engine: the requests in batch order (decodes first) and the blocks to copy before it.
 
@@ -57,15 +61,16 @@ class Step:
 
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination)
+    admitted: list[Request] = field(default_factory=list)  # those that leave the queue with it
     num_tokens: int = 0
     num_rounds: int = 1
 
-    @property
+    @cached_property
     def is_decode(self) -> bool:
         """Whether every request computes one token and samples the next."""
         return self.num_tokens == len(self.scheduled) and all(len(each.sampled) == 1 for each in self.scheduled)
 
-    @property
+    @cached_property
     def sampled(self) -> list[Request]:
         """The sequences that get a token from this step, in batch order."""
         return list(chain.from_iterable(each.sampled for each in self.scheduled))
@@ -117,6 +122,7 @@ class Scheduler:
                 f"n={request.num_forks + 1} exceeds the {self.limits.max_num_seqs} sequences that run at once",
                 param="n",
             )
+        request.max_num_tokens = min(request.num_prompt_tokens + request.params.max_tokens, self.limits.max_model_len)
         self.waiting.append(request)
 
     def find(self, request_id: str) -> Iterator[Request]:
@@ -129,19 +135,23 @@ class Scheduler:
         max_rounds: tokens that each sequence may get if all are decodes
         """
         step = Step()
-        candidates = [request for request in self.running if not self._has_all_tokens(request)]
-        num_decodes = sum(request.num_uncomputed_tokens == 1 for request in candidates)
+        candidates = [request for request in self.running if len(request.token_ids) < request.max_num_tokens]
+        num_decodes = sum(len(request.token_ids) - request.num_computed_tokens == 1 for request in candidates)
         chunk_budget = self.limits.max_num_batched_tokens - num_decodes
         for request in candidates:
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for an older one
-            is_decode = request.num_uncomputed_tokens == 1
-            num_tokens = 1 if is_decode else min(request.num_uncomputed_tokens, chunk_budget)
+            if len(request.token_ids) - request.num_computed_tokens == 1:
+                if self._has_room_for_one(request) or self._make_room_by_preemption(request, 1, step):
+                    self._put_into(step, request, 1)
+                continue
+            num_tokens = min(request.num_uncomputed_tokens, chunk_budget)
             if num_tokens and self._make_room_by_preemption(request, num_tokens, step):
                 self._put_into(step, request, num_tokens)
-                chunk_budget -= 0 if is_decode else num_tokens
+                chunk_budget -= num_tokens
         self._admit_waiting(step)
-        step.scheduled.sort(key=lambda each: each.num_tokens > 1)  # stable: decodes first, else in order
+        if step.num_tokens > len(step.scheduled):
+            step.scheduled.sort(key=lambda each: each.num_tokens > 1)  # stable: decodes first, else in order
         if max_rounds > 1 and step.scheduled and step.is_decode:
             self._add_rounds(step, max_rounds)
         return step
@@ -155,13 +165,12 @@ class Scheduler:
         """Book a step as computed: its KV is valid, and full blocks of known tokens can be shared."""
         for each in step.scheduled:
             request = each.request
-            self.counters.num_prompt_tokens += max(
-                0, min(each.num_tokens, request.num_prompt_tokens - each.first_token)
-            )
+            if each.first_token < request.num_prompt_tokens:
+                self.counters.num_prompt_tokens += min(each.num_tokens, request.num_prompt_tokens - each.first_token)
             if request.status is not RequestStatus.RUNNING:
                 continue
             self._publish(request)
-            for fork in each.sampled[1:]:
+            for fork in each.sampled[1:] if len(each.sampled) > 1 else ():
                 if fork.status is RequestStatus.RUNNING and fork.num_published < request.num_published:
                     fork.num_published, fork.cache_node = request.num_published, request.cache_node
 
@@ -203,27 +212,20 @@ class Scheduler:
             if not self._admit(request, step):
                 return
 
-    def _has_all_tokens(self, request: Request) -> bool:
-        """Whether a request has, or is promised, as many tokens as it may have."""
-        return request.num_output_tokens >= request.params.max_tokens or request.num_tokens >= self.limits.max_model_len
-
     def _add_rounds(self, step: Step, max_rounds: int) -> None:
         """Let a step of decodes bring several tokens, if nobody gets too many and the blocks are there."""
         requests = [each.request for each in step.scheduled]
-        max_tokens = min(
-            min(request.params.max_tokens - request.num_output_tokens, self.limits.max_model_len - request.num_tokens)
-            for request in requests
-        )
+        max_tokens = min(request.max_num_tokens - len(request.token_ids) for request in requests)
         num_rounds = min(max_rounds, max_tokens)
-        num_more = num_rounds - 1
+        num_more, size = num_rounds - 1, self.limits.block_size
         num_new = [
-            self._num_blocks_for(request.num_computed_tokens + num_more) - len(request.block_ids)
-            for request in requests
+            -(-(request.num_computed_tokens + num_more) // size) - len(request.block_ids) for request in requests
         ]
         if num_more <= 0 or not self._free_up(sum(num_new)):
             return
         for request, num_blocks in zip(requests, num_new, strict=True):
-            request.block_ids += self.pool.allocate(num_blocks)
+            if num_blocks:
+                request.block_ids += self.pool.allocate(num_blocks)
             request.num_computed_tokens += num_more
         step.num_rounds = num_rounds
 
@@ -245,6 +247,7 @@ class Scheduler:
             return False
         self.waiting.popleft()
         self._start(request, nodes)
+        step.admitted.append(request)
         num_tokens = min(request.num_uncomputed_tokens, self.limits.max_num_batched_tokens - step.num_tokens)
         has_room = self._make_room(request, num_tokens, step)
         assert has_room, "admission counted the blocks"
@@ -271,6 +274,10 @@ class Scheduler:
             return False
         return num_missing <= 0 or self.prefix_cache.evict(num_missing) == num_missing
 
+    def _has_room_for_one(self, request: Request) -> bool:
+        """Whether a token surely has its place: the answer for nearly all, at a fraction of what `_make_room` takes."""
+        return request.num_computed_tokens % self.limits.block_size != 0 and not request.may_share_tail
+
     def _make_room(self, request: Request, num_tokens: int, step: Step) -> bool:
         """Give the request blocks for its next `num_tokens` tokens; a shared block that it will write is copied."""
         num_new = self._num_blocks_for(request.num_computed_tokens + num_tokens) - len(request.block_ids)
@@ -284,6 +291,7 @@ class Scheduler:
             self.pool.release([shared])
             request.block_ids[tail] = private
             request.num_table_blocks = min(request.num_table_blocks, tail)
+        request.may_share_tail = False
         request.block_ids += self.pool.allocate(num_new)
         return True
 
@@ -302,7 +310,9 @@ class Scheduler:
             return []
         forks = [request.fork(index) for index in range(1, request.num_forks + 1)]
         request.num_forks = 0
+        request.may_share_tail = True
         for fork in forks:
+            fork.may_share_tail = True
             self.pool.share(fork.block_ids)
             fork.slot = self._free_slots.pop()
         position = self.running.index(request) + 1
@@ -314,7 +324,7 @@ class Scheduler:
         size = self.limits.block_size
         node = request.cache_node
         assert node is not None
-        num_valid = min(request.num_computed_tokens, request.num_known_tokens)
+        num_valid = min(request.num_computed_tokens, len(request.token_ids) - request.num_promised)
         while (request.num_published + 1) * size <= num_valid:
             i = request.num_published
             tokens = tuple(request.token_ids[i * size : (i + 1) * size])

@@ -1,16 +1,20 @@
 """Starting an engine: find the model, plan its memory, load it, allocate the KV cache, and say what came of it."""
 
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from octavo_kernels.ops.linear import activation_dtype
+from octavo_kernels.kernel_cache import use_kernel_cache
 
-from octavo_engine.capacity import GIB, Capacity, Limits, plan_capacity
+from octavo_engine import __version__
+from octavo_engine.capacity import GIB, Capacity, Limits, plan_capacity, resolve_kv_cache_dtype
 from octavo_engine.config import EngineConfig
 from octavo_engine.device import Device, open_device, resolve_dtype
-from octavo_engine.geometry import Geometry, read_geometry
+from octavo_engine.errors import ConfigError
+from octavo_engine.geometry import Geometry, check_served, read_geometry
 from octavo_engine.loading.loader import load_model
 from octavo_engine.loading.tokenizer import read_eos_token_ids
 from octavo_engine.model_source import resolve_model
@@ -76,17 +80,19 @@ def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None]) -> Star
     """
     on_phase(EnginePhase("starting"))
     device = open_device(config)
+    if device.torch_device.type == "cuda":
+        _open_kernel_cache(config, device)
     files = resolve_model(config.model)
     geometry = read_geometry(files.path)
+    check_served(geometry)
     dtype = resolve_dtype(config, geometry, device)
-    hidden_dtype = activation_dtype(dtype, device.torch_device)
-    kv_dtype = hidden_dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
+    kv_cache_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, _name(dtype), device.hardware)
     capacity = plan_capacity(
         geometry,
         device.hardware,
         device.memory_bytes,
         dtype=_name(dtype),
-        kv_cache_dtype=_name(kv_dtype),
+        kv_cache_dtype=kv_cache_dtype,
         limits=limits_of(config),
         memory_utilization=config.memory_utilization,
     )
@@ -103,7 +109,7 @@ def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None]) -> Star
     )
     return Started(
         model=loaded.model,
-        kv_cache=allocate_kv_cache(geometry, capacity, kv_dtype, device.torch_device),
+        kv_cache=allocate_kv_cache(geometry, capacity, getattr(torch, kv_cache_dtype), device.torch_device),
         device=device,
         geometry=geometry,
         capacity=capacity,
@@ -124,6 +130,7 @@ def limits_of(config: EngineConfig) -> Limits:
         num_kv_blocks=config.num_kv_blocks,
         block_size=config.block_size,
         quantization=config.quantization,
+        enable_cuda_graphs=config.enable_cuda_graphs,
     )
 
 
@@ -139,6 +146,24 @@ def allocate_kv_cache(geometry: Geometry, capacity: Capacity, dtype: torch.dtype
         geometry.head_dim,
     )
     return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def kernel_cache_folder(config: EngineConfig, environment: Mapping[str, str]) -> Path:
+    """Where compiled kernels are kept, by the configuration or the user's cache folder (XDG base directories)."""
+    if config.kernel_cache_dir:
+        return Path(config.kernel_cache_dir)
+    return Path(environment.get("XDG_CACHE_HOME") or "~/.cache") / "octavo" / "kernels"
+
+
+def _open_kernel_cache(config: EngineConfig, device: Device) -> None:
+    folder = kernel_cache_folder(config, os.environ)
+    try:
+        use_kernel_cache(folder, __version__, torch.cuda.get_device_capability(device.torch_device))
+    except OSError as error:
+        raise ConfigError(
+            f"compiled kernels cannot be kept in {folder} ({error.strerror}): set kernel_cache_dir to a folder that "
+            "can be written"
+        ) from None
 
 
 def _name(dtype: torch.dtype) -> str:

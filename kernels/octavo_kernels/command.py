@@ -1,17 +1,21 @@
-"""`octavo kernels`: which kernels a GPU runs, and whether all of them compile for every GPU."""
+"""`octavo kernels`: which kernels a GPU runs, whether all of them compile for every GPU, and what is fastest on one."""
 
 import sys
 
 import click
 
 from octavo_kernels.hardware import BY_NAME, GENERIC, HARDWARE, Hardware
+from octavo_kernels.tuning.command import tune
 
 VARIANT_NAMES = sorted({row.kernel_variant for row in (*HARDWARE, GENERIC) if row.is_gpu})
 
 
 @click.group()
 def kernels() -> None:
-    """Show and check the GPU kernels."""
+    """Show, check and tune the GPU kernels."""
+
+
+kernels.add_command(tune)
 
 
 @kernels.command("list")

@@ -49,14 +49,27 @@ def interpret_on_cpu() -> Iterator[None]:
         _interprets_cpu.reset(token)
 
 
+_asked_variant: ContextVar[str] = ContextVar("asked_variant", default="")
+
+
+def use_variant(name: str) -> None:
+    """Have GPUs run the kernels of this variant, one of VARIANTS, instead of the hardware table's; "" undoes it."""
+    _asked_variant.set(name)
+    variant_of.cache_clear()
+
+
 @functools.cache
 def variant_of(device: torch.device) -> str:
-    """The kernel variant that the hardware table gives a GPU; "generic" for a GPU that the table does not know.
+    """The kernel variant of `use_variant`, or that the hardware table gives a GPU; "generic" for an unknown one.
 
     Tensors of a CPU reach a kernel only through Triton's interpreter, which runs the generic variant.
     """
     if device.type != "cuda":
         return GENERIC.kernel_variant
+    asked = _asked_variant.get()
+    if asked:
+        logger.info("%s runs the %s kernels, as the configuration asks", device, asked)
+        return asked
     properties = torch.cuda.get_device_properties(device)
     match = identify_gpu(properties.name, (properties.major, properties.minor), properties.total_memory >> 20)
     logger.info("%s runs the %s kernels: %s", device, match.hardware.kernel_variant, match.detail)

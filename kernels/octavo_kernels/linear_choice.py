@@ -1,6 +1,6 @@
 """Which implementation of a linear layer is fastest for a weight and a number of tokens, as measured for each GPU.
 
-One JSON file per GPU lies in `linear_choices/`, written by `tools/bench_kernels/linear.py` and named by the row of the
+One JSON file per GPU lies in `linear_choices/`, written by `octavo kernels tune` and named by the row of the
 hardware table. cuBLAS serves whatever was not measured: an unknown GPU, another shape, more tokens.
 """
 
@@ -8,22 +8,26 @@ import functools
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from octavo_kernels.hardware import identify_gpu
-from octavo_kernels.ops import gemv, small_m_linear
+from octavo_kernels.ops import cublaslt_linear, gemv, small_m_linear
 
 logger = logging.getLogger(__name__)
 
 DIRECTORY = Path(__file__).with_name("linear_choices")
-# None is cuBLAS.
-Launch = gemv.Launch | small_m_linear.Launch | None
-Kernel = Literal["cublas", "gemv", "small_m_linear"]
+# None is cuBLAS by its own choice.
+Launch = cublaslt_linear.Launch | gemv.Launch | small_m_linear.Launch | None
+_LAUNCHES: Mapping[str, type[Any]] = {
+    "cublaslt": cublaslt_linear.Launch,
+    "gemv": gemv.Launch,
+    "small_m_linear": small_m_linear.Launch,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +98,12 @@ def _from_json(row: dict[str, Any]) -> Choice:
     return Choice(shape, num_tokens, _launch_of(fields.pop("kernel"), fields), us, cublas_us)
 
 
-def _kernel_of(launch: Launch) -> Kernel:
-    if launch is None:
-        return "cublas"
-    return "gemv" if isinstance(launch, gemv.Launch) else "small_m_linear"
+def _kernel_of(launch: Launch) -> str:
+    return next((name for name, kind in _LAUNCHES.items() if isinstance(launch, kind)), "cublas")
 
 
-def _launch_of(kernel: Kernel, fields: dict[str, Any]) -> Launch:
-    if kernel == "cublas":
-        return None
-    return gemv.Launch(**fields) if kernel == "gemv" else small_m_linear.Launch(**fields)
+def _launch_of(kernel: str, fields: dict[str, Any]) -> Launch:
+    return None if kernel == "cublas" else _LAUNCHES[kernel](**fields)
 
 
 @functools.cache
@@ -117,6 +117,14 @@ def choices_for(device: torch.device) -> LinearChoices:
     if match.how != "product" or not path.exists():
         logger.info("linear layers on %s (%s) all run on cuBLAS: no choices were measured for it", device, product)
         return {}
-    choices = by_num_tokens(read_choices(path))
+    choices = by_num_tokens(map(_understood, read_choices(path)))
     logger.info("linear layers on %s follow %s, %d shapes", device, path.name, len(choices))
     return choices
+
+
+def _understood(choice: Choice) -> Choice:
+    """cuBLAS by its own choice instead of an algorithm of another version."""
+    launch = choice.launch
+    if isinstance(launch, cublaslt_linear.Launch) and launch.version != cublaslt_linear.version():
+        return replace(choice, launch=None)
+    return choice

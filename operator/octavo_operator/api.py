@@ -6,8 +6,8 @@ defaults: what a field's absence means is decided in `plan.py`, so that nothing 
 
 from typing import Annotated, Any, Literal
 
-from octavo_engine.config import DataType, Quantization
-from octavo_kernels.hardware import HARDWARE
+from octavo_engine.config import DataType, KvCacheDtype, Quantization
+from octavo_kernels.hardware import KERNEL_VARIANTS
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
@@ -20,13 +20,12 @@ PLURAL = "inferenceservices"
 # The Service takes the resource's name, and Deployments and pods add a node type to it.
 MAX_NAME_LENGTH = 40
 
-HARDWARE_NAMES = [row.name for row in HARDWARE] + ["generic"]
-
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 LabelText = Annotated[str, Field(max_length=63)]
 QualifiedName = Annotated[str, Field(min_length=1, max_length=317)]
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
-HardwareName = Annotated[str, Field(max_length=40, json_schema_extra={"enum": HARDWARE_NAMES})]
+# No list of names: HardwareProfiles add to them, and the plan says which there are.
+HardwareName = Annotated[str, Field(max_length=63, pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$")]
 
 
 def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
@@ -86,6 +85,12 @@ class Model(Part):
         max_length=128,
         description="Model name in the OpenAI API; absent: the last part of the uri.",
     )
+    geometry: dict[str, Any] | None = Field(
+        None,
+        description="The model's geometry, as `octavo inspect MODEL` prints it, for a cluster in which nothing but the "
+        "engine can read the model; absent: it is read from the model.",
+        json_schema_extra=PRESERVE_UNKNOWN,
+    )
     secret_ref: SecretReference | None = Field(
         None,
         description="Secret whose keys become environment variables of the engine, such as HF_TOKEN for a gated model.",
@@ -101,6 +106,10 @@ class HardwareChoice(Part):
                 "!has(self.types) || !has(self.exclude) || !self.types.exists(t, t in self.exclude)",
                 "hardware.types and hardware.exclude must not name the same type",
             ),
+            (
+                "!has(self.preference) || !(self.preference in ['Even', 'Listed']) || has(self.types)",
+                "hardware.preference Even and Listed are about hardware.types: name the types",
+            ),
         )
     )
 
@@ -108,16 +117,24 @@ class HardwareChoice(Part):
         None,
         min_length=1,
         max_length=16,
-        description="Device types that may be used. One: all replicas run there. Several: replicas are spread over "
-        "those of them that the cluster has and the model fits, one Deployment each, behind one Service. "
-        "cpu is a type like the others.",
+        description="Device types that may be used: rows of the hardware table, HardwareProfiles, or node types as "
+        "status.plan names them, which is how MIG slices and time-sliced shares are asked for. "
+        "One: all replicas run there. Several: replicas are spread over those of them that the cluster has and the "
+        "model fits, one Deployment each, behind one Service. cpu is a type like the others.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     exclude: list[HardwareName] | None = Field(
         None,
         max_length=16,
-        description="Device types that must not be used.",
+        description="Device types that must not be used; a device's name excludes its slices and shares, too.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    preference: Literal["Even", "Listed", "Fastest", "Cheapest"] | None = Field(
+        None,
+        description="How replicas are shared between device types. Even: the same number on each of hardware.types. "
+        "The others fill one type up to its devices before they take the next: Listed in the order of hardware.types, "
+        "Fastest by predicted tokens per second, Cheapest by the pricePerHour of HardwareProfiles per predicted token. "
+        "Absent: Even where hardware.types names several, else all replicas on the fastest type.",
     )
 
 
@@ -139,7 +156,10 @@ class Engine(Part):
     dtype: DataType | None = Field(
         None, description="Data type of weights and activations; absent: the model's on a GPU, float32 on a CPU."
     )
-    kv_cache_dtype: DataType | None = Field(None, description="Data type of the KV cache; absent: that of the weights.")
+    kv_cache_dtype: KvCacheDtype | None = Field(
+        None,
+        description="Data type of the KV cache; absent: that of the weights; fp8: 8-bit floats, on GPUs with them.",
+    )
     quantization: Quantization | None = Field(
         None, description="int8 stores linear layers in one byte per weight; absent or none: as dtype says."
     )
@@ -152,6 +172,11 @@ class Engine(Part):
     )
     max_num_batched_tokens: PositiveInt | None = Field(
         None, description="Token budget of one engine step; absent: by hardware."
+    )
+    kernel_variant: str | None = Field(
+        None,
+        description="Set of tuned kernels that GPUs run; absent: by the hardware table.",
+        json_schema_extra={"enum": [name for name in KERNEL_VARIANTS if name != "cpu"]},
     )
     extra_env: list[EnvironmentVariable] | None = Field(
         None,
@@ -185,6 +210,13 @@ class Rollout(Part):
         ge=10,
         le=86400,
         description="Seconds without progress after which a rollout counts as Stalled; absent: by the model's size.",
+    )
+    replan: Literal["Automatic", "Manual"] | None = Field(
+        None,
+        description="What happens when nodes, their labels, HardwareProfiles or the operator's version change so that "
+        "a plan made anew would differ. Manual, or absent: what serves stays as it is, and the condition PlanOutdated "
+        "says what would change; an edit of the spec, or of the annotation octavo.dev/replan, takes it up. "
+        "Automatic: it is taken up at once, one node type after the other.",
     )
 
 
@@ -276,100 +308,6 @@ class InferenceServiceSpec(Part):
     plan_only: bool | None = Field(
         None, description="true fills status.plan and creates nothing, to see what would be done."
     )
-
-
-class MemoryPlan(Part):
-    """Bytes of one replica's device memory, by use."""
-
-    weights: int = Field(description="Bytes of the weights.")
-    kv: int = Field(description="Bytes of the KV cache.")
-    activations: int = Field(description="Bytes of the widest step's activations.")
-    runtime: int = Field(description="Bytes of interpreter, libraries and allocator.")
-    reserve: int = Field(description="Bytes left free of what the replica may take.")
-
-
-class Prediction(Part):
-    """The roofline of one replica: a limit by bandwidth and arithmetic, not a measurement."""
-
-    decode_ms: float = Field(description="Least milliseconds of one decode step with maxNumSeqs requests.")
-    decode_tokens_per_second: int = Field(description="Most tokens per second in decode.")
-    prefill_tokens_per_second: int = Field(description="Most prompt tokens per second.")
-
-
-class VariantStatus(Part):
-    """One node type that the resource runs on."""
-
-    node_type: str = Field(description="Name of the node type.")
-    product: str = Field(description="Product label of the GPU; CPU for a node without one.")
-    arch: str = Field(description="CPU architecture of the node type and of the image.")
-    replicas: int = Field(description="Replicas that are planned for this node type.")
-    image: str = Field(description="Image of the engine.")
-    kernel_variant: str = Field(description="Set of tuned kernels that the engine picks.")
-    dtype: str | None = Field(None, description="Data type of weights and activations, where it is known.")
-    max_model_len: int | None = Field(None, description="Longest context in tokens.")
-    max_num_seqs: int | None = Field(None, description="Most requests that run at once in a replica.")
-    max_num_batched_tokens: int | None = Field(None, description="Token budget of one step.")
-    kv_blocks: int | None = Field(None, description="Blocks of the KV cache of a replica.")
-    memory: MemoryPlan | None = Field(None, description="Memory of a replica; absent while the geometry is unknown.")
-    predicted: Prediction | None = Field(None, description="Predicted limit of a replica's speed.")
-    why: str = Field(description="Why this node type was chosen.")
-
-
-class RejectedStatus(Part):
-    """A node type, or nodes, that the resource does not run on."""
-
-    node_type: str = Field(description="Name of the node type, or of the nodes.")
-    why: str = Field(description="Why it was not chosen.")
-
-
-class PlanStatus(Part):
-    """What the operator decided."""
-
-    hash: str = Field(description="Changes when the plan does; pods of one hash are equal.")
-    variants: list[VariantStatus] | None = Field(
-        None,
-        description="Node types that are used; absent if there is none.",
-        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["nodeType"]},
-    )
-    rejected: list[RejectedStatus] | None = Field(
-        None,
-        description="Node types that are not used, each with the reason.",
-        json_schema_extra={"x-kubernetes-list-type": "atomic"},
-    )
-
-
-class Condition(Part):
-    """One aspect of the state, as in every Kubernetes API."""
-
-    type: str = Field(max_length=316, description="Name of the condition.")
-    status: Literal["True", "False", "Unknown"] = Field(description="True, False or Unknown.")
-    observed_generation: int = Field(ge=0, description="Generation of the resource that this is about.")
-    last_transition_time: str = Field(
-        description="When the status last changed.", json_schema_extra={"format": "date-time"}
-    )
-    reason: str = Field(max_length=1024, description="Why, in one CamelCase word.")
-    message: str = Field(max_length=32768, description="Why, in a sentence that one can act on.")
-
-
-class InferenceServiceStatus(Part):
-    """What the operator observed and decided. Written by the operator alone."""
-
-    observed_generation: int = Field(description="Generation of the spec that this status is about.")
-    conditions: list[Condition] = Field(
-        description="Ready, Reconciling and Stalled follow kstatus; Accepted, HardwareMatched, ModelFits and Available "
-        "say which step is true.",
-        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
-    )
-    plan: PlanStatus | None = Field(None, description="What was decided, and why.")
-    hardware: str | None = Field(None, description="Node types in use with their replicas, in one line.")
-    replicas: int = Field(description="Pods that exist.")
-    ready_replicas: int = Field(description="Pods that answer requests.")
-    selector: str = Field(description="Label selector of the engine pods, for the scale subresource.")
-    url: str | None = Field(None, description="Address inside the cluster; the OpenAI API is below /v1.")
-
-    def to_manifest(self) -> dict[str, Any]:
-        """The status as the API server keeps it."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 class Metadata(Part):

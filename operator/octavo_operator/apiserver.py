@@ -15,6 +15,7 @@ from kubernetes.aio import client, config
 from octavo_operator.api import API_VERSION, KIND, PLURAL
 from octavo_operator.errors import ApiError, ConnectionSettingsError
 from octavo_operator.observe import Key, Manifest
+from octavo_operator.profile_api import PROFILE_KIND, PROFILE_PLURAL
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +54,27 @@ class Kind:
 
 
 INFERENCE_SERVICE = Kind(KIND, API_VERSION, PLURAL)
+HARDWARE_PROFILE = Kind(PROFILE_KIND, API_VERSION, PROFILE_PLURAL, is_namespaced=False)
 SERVICE_ACCOUNT = Kind("ServiceAccount", "v1", "serviceaccounts")
 CONFIG_MAP = Kind("ConfigMap", "v1", "configmaps")
 SERVICE = Kind("Service", "v1", "services")
 DEPLOYMENT = Kind("Deployment", "apps/v1", "deployments")
+CLAIM_TEMPLATE = Kind("ResourceClaimTemplate", "resource.k8s.io/v1", "resourceclaimtemplates")
+RESOURCE_SLICE = Kind("ResourceSlice", "resource.k8s.io/v1", "resourceslices", is_namespaced=False)
+JOB = Kind("Job", "batch/v1", "jobs")
 POD = Kind("Pod", "v1", "pods")
 NODE = Kind("Node", "v1", "nodes", is_namespaced=False)
 LEASE = Kind("Lease", "coordination.k8s.io/v1", "leases")
 EVENT = Kind("Event", "events.k8s.io/v1", "events")
 
 # What the operator creates; anything of these kinds with its labels is its own to change and delete.
-CHILD_KINDS = (SERVICE_ACCOUNT, CONFIG_MAP, SERVICE, DEPLOYMENT)
-KINDS = {kind.name: kind for kind in (INFERENCE_SERVICE, *CHILD_KINDS, POD, NODE, LEASE, EVENT)}
+CHILD_KINDS = (SERVICE_ACCOUNT, CONFIG_MAP, CLAIM_TEMPLATE, SERVICE, DEPLOYMENT)
+# What a cluster may lack, or keep from the operator: it does without.
+OPTIONAL_KINDS = (HARDWARE_PROFILE, RESOURCE_SLICE, CLAIM_TEMPLATE)
+KINDS = {
+    kind.name: kind
+    for kind in (INFERENCE_SERVICE, HARDWARE_PROFILE, *CHILD_KINDS, JOB, POD, NODE, RESOURCE_SLICE, LEASE, EVENT)
+}
 
 
 @dataclass(frozen=True, slots=True)

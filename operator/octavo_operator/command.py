@@ -36,13 +36,26 @@ def resolve_geometry(address: str) -> Geometry:
     help="How to reach the API server.  [default: the pod's service account, else ~/.kube/config]",
 )
 @click.option(
+    "--nodes",
+    "nodes_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Plan with the Nodes of this file, the output of `kubectl get nodes -o yaml`, read anew at each resync.  "
+    "[default: those of the API server, which takes the right to read them]",
+)
+@click.option(
     "--engine-image",
     envvar="OCTAVO_OPERATOR_ENGINE_IMAGE",
     default=default_engine_image,
     show_default="octavo/engine:VERSION",
     help="Image of the engine where a resource names none; multi-architecture.",
 )
-@click.option("--host", default="0.0.0.0", show_default=True, help="Address of /healthz, /readyz and /metrics.")
+@click.option(
+    "--host",
+    envvar="OCTAVO_OPERATOR_HOST",
+    default="0.0.0.0",
+    show_default=True,
+    help="Address of /healthz, /readyz and /metrics; :: where pods have IPv6 addresses only.",
+)
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Their port.")
 @click.option(
     "--leader-election/--no-leader-election",
@@ -78,6 +91,7 @@ def operator(
     namespace: str | None,
     all_namespaces: bool,
     kubeconfig: Path | None,
+    nodes_file: Path | None,
     engine_image: str,
     host: str,
     port: int,
@@ -94,10 +108,14 @@ def operator(
         raise click.UsageError("--namespace and --all-namespaces exclude each other")
     configure_logging(log_level)
     from octavo_operator.controller import OperatorSettings, run_operator
+    from octavo_operator.decision import Defaults
+    from octavo_operator.documents import node_manifests, read_documents
     from octavo_operator.election import LeaseTimes
     from octavo_operator.observe import Key
-    from octavo_operator.plan import Defaults
 
+    if nodes_file:
+        # What is wrong at the start ends it; what becomes wrong later is logged, and what was read before holds.
+        node_manifests(read_documents(nodes_file))
     lease = Key(lease_namespace or namespace or "default", lease_name)
     # In the proportions of Kubernetes' own controllers: 15, 10 and 2 seconds.
     times = LeaseTimes(lease_seconds, lease_seconds * 2 / 3, lease_seconds * 2 / 15)
@@ -111,6 +129,7 @@ def operator(
         port=port,
         resync_s=resync_seconds,
         num_workers=workers,
+        nodes_file=nodes_file,
     )
     run_operator(settings, resolve_geometry)
 

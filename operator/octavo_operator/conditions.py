@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from octavo_operator.api import Condition, InferenceServiceSpec
+from octavo_operator.api import InferenceServiceSpec
+from octavo_operator.decision import Plan
 from octavo_operator.observe import DeploymentState, PodState
-from octavo_operator.plan import Plan, wanted_replicas
+from octavo_operator.plan import wanted_replicas
+from octavo_operator.status_api import Condition
 
 Status = Literal["True", "False", "Unknown"]
 
@@ -59,6 +61,7 @@ def make_conditions(
         "HardwareMatched": _hardware_matched(plan),
         "ModelFits": _model_fits(plan),
         "Available": _available(plan, deployments),
+        "PlanOutdated": _plan_outdated(plan),
     }
     return _conditions(verdict, facts, generation, previous, now)
 
@@ -129,7 +132,9 @@ def _model_fits(plan: Plan) -> tuple[Status, str, str]:
     if problem is not None and problem.reason in ("ModelDoesNotFit", "ModelNotSupported"):
         return "False", problem.reason, problem.message
     if plan.model.geometry is None:
-        return "Unknown", "GeometryUnknown", f"{plan.model.problem}; the engine decides its limits itself"
+        is_guess = plan.variants and plan.model.reason != "Inspecting"
+        then = "; the engine decides its limits itself" if is_guess else ""
+        return "Unknown", plan.model.reason, f"{plan.model.problem}{then}"
     if problem is not None:
         return "Unknown", "NotPlanned", "there is no node type to compare the model with"
     smallest = min(plan.variants, key=lambda variant: variant.node_type.memory_bytes)
@@ -142,6 +147,13 @@ def _available(plan: Plan, deployments: Sequence[DeploymentState]) -> tuple[Stat
     if ready:
         return "True", "Serving", f"{ready} of {plan.num_replicas} replicas answer requests"
     return "False", "NoReadyReplica", "no replica answers requests"
+
+
+def _plan_outdated(plan: Plan) -> tuple[Status, str, str]:
+    if plan.outdated:
+        taken_up = "rollout.replan: Automatic takes it up, and so does a new value of the annotation octavo.dev/replan"
+        return "True", "ClusterChanged", f"{plan.outdated}; what serves is kept as it is: {taken_up}"
+    return "False", "UpToDate", "a plan made now would start the same engines"
 
 
 def _conditions(

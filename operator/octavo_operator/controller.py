@@ -12,25 +12,30 @@ import kopf
 
 from octavo_operator.apiserver import (
     CHILD_KINDS,
+    HARDWARE_PROFILE,
     INFERENCE_SERVICE,
+    KINDS,
     NODE,
+    OPTIONAL_KINDS,
     POD,
+    RESOURCE_SLICE,
     UNREACHABLE,
     ApiServer,
     Kind,
     own_identity,
 )
+from octavo_operator.decision import Defaults
+from octavo_operator.documents import NodeFile
 from octavo_operator.election import LeaderElector, LeaseTimes
-from octavo_operator.errors import ApiError, MissingCrdError
+from octavo_operator.errors import ApiError, ManifestError, MissingCrdError
 from octavo_operator.handlers import make_registry, make_settings
 from octavo_operator.keyqueue import KeyQueue
 from octavo_operator.metrics import Metrics
 from octavo_operator.modelgeometry import GeometryReader, Resolver
 from octavo_operator.objectstore import ObjectStore
 from octavo_operator.observe import MANAGED_SELECTOR, Key, key_of, owner_key
-from octavo_operator.plan import Defaults
 from octavo_operator.probes import serve_probes
-from octavo_operator.reconcile import Reconciler, utc_now
+from octavo_operator.reconcile import PROFILES, Reconciler, utc_now
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +51,9 @@ _CRD_WAIT_S = 60.0
 class OperatorSettings:
     """Everything that one operator process is told.
 
-    namespace: the one that it serves; None for all
-    lease:     None for no leader election
+    namespace:  the one that it serves; None for all
+    lease:      None for no leader election
+    nodes_file: the Nodes to plan with; None for those of the API server
     """
 
     defaults: Defaults
@@ -59,6 +65,7 @@ class OperatorSettings:
     port: int = 8080
     resync_s: float = 300.0
     num_workers: int = 8
+    nodes_file: Path | None = None
 
 
 class Controller:
@@ -78,6 +85,11 @@ class Controller:
         self._last_listed = 0.0
         self._last_progress = 0.0
         self._nodes_timer: asyncio.TimerHandle | None = None
+        # Those that the cluster has, and lets this operator read.
+        self._kinds = frozenset(KINDS.values())
+        self._node_file = NodeFile(settings.nodes_file) if settings.nodes_file else None
+        if self._node_file:
+            self._kinds -= {NODE}
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT. Raises OperatorError where there is nothing to run against."""
@@ -88,6 +100,7 @@ class Controller:
             )
             try:
                 await self._wait_for_crd(api)
+                await self._find_kinds(api)
                 logger.info(
                     "operator started: probes on port %d, %s",
                     port,
@@ -120,10 +133,22 @@ class Controller:
             logger.info("waiting for the API server: %s", problem)
             await asyncio.sleep(1.0)
 
+    async def _find_kinds(self, api: ApiServer) -> None:
+        """Leave out the optional kinds that cannot be read: an older cluster, or a namespaced installation."""
+        for kind in OPTIONAL_KINDS:
+            namespace = self._settings.namespace if kind.is_namespaced else None
+            try:
+                await api.list(kind, namespace)
+            except ApiError as error:
+                if error.status not in (403, 404):
+                    raise
+                self._kinds -= {kind}
+                logger.warning("%s objects are not read: %s", kind.name, error)
+
     async def _run(self, api: ApiServer) -> None:
         settings = self._settings
         reconciler = Reconciler(api, self._store, self._geometry, settings.defaults, self._metrics)
-        registry = make_registry(api, self._store, self._queue.add, self._nodes_changed)
+        registry = make_registry(api, self._store, self._queue.add, self._nodes_changed, self._kinds)
         resync = asyncio.create_task(self._resync(api), name="resync")
         lead = asyncio.create_task(self._contend(api, reconciler), name="lead")
         # Last, since kopf counts every task that starts later as its own, and ends it.
@@ -164,7 +189,7 @@ class Controller:
         self._is_leading = True
         self._metrics.is_leader.set(1)
         self._last_progress = asyncio.get_running_loop().time()
-        for key in self._store.resource_keys():
+        for key in (PROFILES, *self._store.resource_keys()):
             self._queue.add(key)
         try:
             async with asyncio.TaskGroup() as workers:
@@ -206,7 +231,7 @@ class Controller:
         while True:
             try:
                 await self._list_all(api)
-            except (ApiError, *UNREACHABLE) as error:
+            except (ApiError, ManifestError, *UNREACHABLE) as error:
                 logger.warning("lists failed, again in %.0f s: %s", _LIST_RETRY_S, error or type(error).__name__)
                 await asyncio.sleep(_LIST_RETRY_S)
                 continue
@@ -214,10 +239,16 @@ class Controller:
 
     async def _list_all(self, api: ApiServer) -> None:
         is_first = not self._synced.is_set()
-        nodes, nodes_version = await api.list(NODE)
+        nodes, nodes_version = self._node_file.list() if self._node_file else await api.list(NODE)
         if self._store.replace_nodes(nodes, nodes_version) and not is_first:
             self._nodes_changed()
+        for kind in self._kinds & {HARDWARE_PROFILE, RESOURCE_SLICE}:
+            items, version = await api.list(kind)
+            if self._store.replace(kind, items, version) and not is_first:
+                self._nodes_changed()
         for kind in (POD, *CHILD_KINDS, INFERENCE_SERVICE):
+            if kind not in self._kinds:
+                continue
             selector = "" if kind is INFERENCE_SERVICE else MANAGED_SELECTOR
             items, version = await api.list(kind, self._settings.namespace, selector)
             self._note_missed(kind, self._store.replace(kind, items, version), is_first=is_first)
@@ -238,13 +269,13 @@ class Controller:
                 self._queue.add(key)
 
     def _nodes_changed(self) -> None:
-        """Have all resources planned again, once for a swarm of Nodes."""
+        """Have all resources planned again, once for a swarm of Nodes, profiles or slices."""
         if self._nodes_timer is not None or not self._synced.is_set():
             return
 
         def enqueue_all() -> None:
             self._nodes_timer = None
-            for key in self._store.resource_keys():
+            for key in (PROFILES, *self._store.resource_keys()):
                 self._queue.add(key)
 
         self._nodes_timer = asyncio.get_running_loop().call_later(_NODES_DEBOUNCE_S, enqueue_all)

@@ -1,6 +1,7 @@
 """Errors of the operator. Each says in one sentence what went wrong and what its reader can do about it."""
 
 from octavo_engine.errors import OctavoError
+from pydantic import ValidationError
 
 
 class OperatorError(OctavoError):
@@ -9,6 +10,14 @@ class OperatorError(OctavoError):
 
 class ManifestError(OperatorError):
     """A file that `octavo plan` was given is no InferenceService, or no list of Nodes."""
+
+
+class ProfileError(OperatorError):
+    """A HardwareProfile that cannot be used; `reason` is one CamelCase word."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class NothingFitsError(OperatorError):
@@ -38,3 +47,10 @@ class ApiError(OperatorError):
     def is_final(self) -> bool:
         """Whether the same request would be refused again: the object is wrong, not the moment."""
         return self.status in {400, 422}
+
+
+def explain_validation(error: ValidationError) -> str:
+    """The first problem of a resource that does not validate, with its place."""
+    problem = error.errors()[0]
+    place = ".".join(str(each) for each in problem["loc"])
+    return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -4,13 +4,22 @@ Only `on.event` handlers: they need no finalizer and leave no annotation. Kopf p
 does not scan for new kinds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import kopf
 
 from octavo_operator.api import GROUP, PLURAL, VERSION
-from octavo_operator.apiserver import CHILD_KINDS, INFERENCE_SERVICE, NODE, POD, ApiServer, Kind
+from octavo_operator.apiserver import (
+    CHILD_KINDS,
+    HARDWARE_PROFILE,
+    INFERENCE_SERVICE,
+    NODE,
+    POD,
+    RESOURCE_SLICE,
+    ApiServer,
+    Kind,
+)
 from octavo_operator.objectstore import ObjectStore
 from octavo_operator.observe import MANAGED_SELECTOR, Key, key_of, owner_key
 
@@ -18,9 +27,16 @@ Enqueue = Callable[[Key], None]
 
 
 def make_registry(
-    api: ApiServer, store: ObjectStore, enqueue: Enqueue, nodes_changed: Callable[[], None]
+    api: ApiServer,
+    store: ObjectStore,
+    enqueue: Enqueue,
+    nodes_changed: Callable[[], None],
+    kinds: Collection[Kind],
 ) -> kopf.OperatorRegistry:
-    """Handlers for the resource, its children, its pods and the Nodes, and the way to log in."""
+    """Handlers for the resource, its children, its pods and the Nodes, and the way to log in.
+
+    kinds: that this cluster has and lets the operator watch
+    """
     registry = kopf.OperatorRegistry()
 
     async def login(**_: Any) -> kopf.ConnectionInfo:
@@ -42,7 +58,7 @@ def make_registry(
         enqueue(key_of(event["object"]))
 
     kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(on_resource)
-    for kind in (*CHILD_KINDS, POD):
+    for kind in (each for each in (*CHILD_KINDS, POD) if each in kinds):
         handler = _child_handler(store, kind, enqueue)
         kopf.on.event(kind.group, kind.version, kind.plural, registry=registry)(handler)
 
@@ -53,7 +69,12 @@ def make_registry(
         if changed:
             nodes_changed()
 
-    kopf.on.event(NODE.group, NODE.version, NODE.plural, registry=registry)(on_node)
+    if NODE in kinds:
+        kopf.on.event(NODE.group, NODE.version, NODE.plural, registry=registry)(on_node)
+    for kind in (HARDWARE_PROFILE, RESOURCE_SLICE):
+        if kind in kinds:
+            handler = _cluster_handler(store, kind, nodes_changed)
+            kopf.on.event(kind.group, kind.version, kind.plural, registry=registry)(handler)
     return registry
 
 
@@ -67,6 +88,18 @@ def _child_handler(store: ObjectStore, kind: Kind, enqueue: Enqueue) -> Callable
     on_child.__name__ = f"on_{kind.name.lower()}"
     on_child.__qualname__ = on_child.__name__
     return on_child
+
+
+def _cluster_handler(store: ObjectStore, kind: Kind, changed: Callable[[], None]) -> Callable[..., Any]:
+    """For what belongs to the cluster, and so to every plan."""
+
+    async def on_change(event: Any, **_: Any) -> None:
+        _take_in(store, kind, event)
+        changed()
+
+    on_change.__name__ = f"on_{kind.name.lower()}"
+    on_change.__qualname__ = on_change.__name__
+    return on_change
 
 
 def _take_in(store: ObjectStore, kind: Kind, event: Any) -> None:

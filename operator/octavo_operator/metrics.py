@@ -39,6 +39,12 @@ class Metrics:
             "octavo_operator_queue_depth", "Resources that wait for a worker.", registry=self.registry
         )
         self.resources = Gauge("octavo_operator_resources", "InferenceServices known.", registry=self.registry)
+        self.nodes = Gauge(
+            "octavo_operator_nodes",
+            "Nodes by the row of the hardware table that they are planned with, and by how that row was found.",
+            ["hardware", "found_by"],
+            registry=self.registry,
+        )
         for result in ("success", "error"):
             self.reconciles.labels(result)
 

@@ -1,61 +1,70 @@
-"""Nodes -> node types, through the hardware table. Pure.
+"""Nodes -> node types: groups of equal devices. Pure.
 
-A node type is a group of nodes on which one engine configuration is right: same device, same CPU architecture. GPUs are
-recognised by the labels of NVIDIA's GPU feature discovery, numerically and exactly; memory is the GPU's, never the
-node's. A node without a GPU is of the type cpu.
+A node type is what one engine configuration is right for: same device (or slice, or share of one), same CPU
+architecture, asked for in the same way. What a node offers is in `offers.py`.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from octavo_kernels.hardware import CPU, ComputeCapability, Hardware, Match, identify_gpu, normalise_product
+from octavo_kernels.hardware import Hardware
 
 from octavo_operator.api import Scheduling, Toleration
+from octavo_operator.claims import ClaimableDevices
 from octavo_operator.observe import GPU_RESOURCE, ObservedNode, Taint
+from octavo_operator.offers import Offer, architecture, find_offers, has_gpu
+from octavo_operator.profiles import HardwareTable
 from octavo_operator.quantities import MIB
 
-ARCH_LABEL = "kubernetes.io/arch"
 OS_LABEL = "kubernetes.io/os"
-PRODUCT_LABEL = f"{GPU_RESOURCE}.product"
-MEMORY_LABEL = f"{GPU_RESOURCE}.memory"
-REPLICAS_LABEL = f"{GPU_RESOURCE}.replicas"
-MAJOR_LABEL = f"{GPU_RESOURCE}.compute.major"
-MINOR_LABEL = f"{GPU_RESOURCE}.compute.minor"
-
 GPU_TAINT = GPU_RESOURCE
+# The engine's image brings CUDA 13, which starts on drivers of the 580 series and above: an older one ends in a crash
+# loop. https://docs.nvidia.com/cuda/cuda-toolkit-release-notes/
+MIN_DRIVER_MAJOR = 580
 
 
 @dataclass(frozen=True, slots=True)
 class NodeType:
-    """Nodes that are equal to an engine.
+    """Devices that are equal to an engine.
 
     name:            in status, in names of Deployments, in messages
-    hardware:        row of the table
+    hardware:        row of the table; of the slice or the share where it is one
     recognised_by:   how the row was found, in words
     is_exact:        found by product, not by likeness
-    product:         the product label, as it is on the nodes; empty for cpu
+    products:        the product labels that its nodes have; none for cpu, and where nothing labels nodes
+    resource:        extended resource that a pod asks for; empty for cpu and claims
+    claim:           what a pod claims instead
+    is_part:         a MIG slice or a time-sliced share
+    num_sharers:     pods that take turns on one device
     memory_bytes:    of one device as a pod gets it (a MIG slice, a share); for cpu the largest node's allocatable
     cpu_millicores:  allocatable on the smallest of the nodes that have that memory
     host_memory_bytes: allocatable on the smallest node
     num_nodes:       that are ready and take pods
     num_away:        that are not ready, or cordoned
     num_devices:     on ready nodes; for cpu the nodes themselves
+    num_taken:       engines of other resources that serve on them
+    min_driver_major: what pods have to demand of their node's driver; 0 where the nodes do not tell their drivers
     """
 
     name: str
     hardware: Hardware
     recognised_by: str
     is_exact: bool
-    product: str
+    products: tuple[str, ...]
     arch: str
+    resource: str
+    claim: ClaimableDevices | None
+    is_part: bool
+    num_sharers: int
     memory_bytes: int
     cpu_millicores: int
     host_memory_bytes: int
     num_nodes: int
     num_away: int
     num_devices: int
+    num_taken: int = 0
+    min_driver_major: int = 0
 
     @property
     def is_gpu(self) -> bool:
@@ -63,9 +72,22 @@ class NodeType:
         return self.hardware.is_gpu
 
     @property
+    def product(self) -> str:
+        """The product for people; empty for cpu."""
+        return self.products[0] if self.products else (self.claim.product if self.claim else "")
+
+    @property
     def hardware_name(self) -> str:
         """What hardware.types calls it: the table's row, or generic where the product is not in the table."""
         return self.hardware.name if self.is_exact else "generic"
+
+    def is_called(self, name: str) -> bool:
+        """Whether a name in hardware.types means it: a row's name means whole devices, a part has a name of its own."""
+        return name == self.name or (name == self.hardware_name and not self.is_part)
+
+    def belongs_to(self, name: str) -> bool:
+        """Whether a name in hardware.exclude means it: a row's name means the device and all its parts."""
+        return name in (self.name, self.hardware_name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,102 +112,81 @@ class NodeTypes:
     unusable: tuple[UnusableNodes, ...]
 
 
-def find_node_types(nodes: Iterable[ObservedNode], scheduling: Scheduling | None = None) -> NodeTypes:
-    """Group the nodes that the resource's nodeSelector and tolerations allow; explain the others.
+def find_node_types(
+    nodes: Iterable[ObservedNode],
+    scheduling: Scheduling | None = None,
+    table: HardwareTable | None = None,
+    min_driver_major: int = MIN_DRIVER_MAJOR,
+    num_taken: Mapping[tuple[str, str], int] | None = None,
+) -> NodeTypes:
+    """Group what the nodes offer that the resource's nodeSelector and tolerations allow; explain the others.
 
+    min_driver_major: of the driver that the engine's image needs; 0 asks nothing of it
+    num_taken:        (node, node type) -> engines of other resources that serve there
     The resource's own affinity is not evaluated: the scheduler does that.
     """
-    groups: dict[str, list[ObservedNode]] = defaultdict(list)
+    table = table or HardwareTable()
+    groups: dict[str, list[Offer]] = defaultdict(list)
     unusable: dict[str, list[str]] = defaultdict(list)
     for node in sorted(nodes, key=lambda each: each.name):
-        why = _why_unusable(node, scheduling)
-        if why:
-            unusable[why].append(node.name)
-        else:
-            groups[node_type_name(node)].append(node)
+        node_problem = _why_unusable(node, scheduling)
+        for offer in find_offers(node, table):
+            why = node_problem or offer.problem or _driver_problem(offer, min_driver_major)
+            if not why:
+                groups[offer.name].append(offer)
+            elif node.name not in unusable[why]:
+                unusable[why].append(node.name)
     return NodeTypes(
-        types=tuple(_node_type(name, groups[name]) for name in sorted(groups)),
+        types=tuple(_node_type(name, groups[name], min_driver_major, num_taken or {}) for name in sorted(groups)),
         unusable=tuple(UnusableNodes(tuple(names), why) for why, names in sorted(unusable.items())),
     )
 
 
-def has_gpu(node: ObservedNode) -> bool:
-    """Whether the node is labelled as one with a GPU, or offers one."""
-    return PRODUCT_LABEL in node.labels or node.num_gpus > 0
-
-
-def match_hardware(node: ObservedNode) -> Match:
-    """The node's row of the hardware table."""
-    if not has_gpu(node):
-        return Match(CPU, "cpu", "no GPU")
-    labels = node.labels
-    return identify_gpu(labels.get(PRODUCT_LABEL, ""), compute_capability(labels), _integer(labels, MEMORY_LABEL))
-
-
-def compute_capability(labels: Mapping[str, str]) -> ComputeCapability | None:
-    """(major, minor) as numbers, if both labels are there."""
-    if not labels.get(MAJOR_LABEL, "").isdigit() or not labels.get(MINOR_LABEL, "").isdigit():
-        return None
-    return int(labels[MAJOR_LABEL]), int(labels[MINOR_LABEL])
-
-
-def node_type_name(node: ObservedNode) -> str:
-    """A DNS label: the table's name for a known product, else the product itself; slices and shares say so."""
-    match = match_hardware(node)
-    product = node.labels.get(PRODUCT_LABEL, "")
-    known = match.how in ("product", "cpu")
-    name = match.hardware.name if known else _slug(normalise_product(product)) or "generic"
-    if "-MIG-" in product:
-        name += f"-mig-{_slug(product.split('-MIG-', 1)[1].removesuffix('-SHARED'))}"
-    if product.endswith("-SHARED"):
-        name += "-shared"
-    usual = "arm64" if "amd64" not in match.hardware.cpu_architectures else "amd64"
-    arch = architecture(node)
-    return name if arch == usual else f"{name}-{arch}"
-
-
-def architecture(node: ObservedNode) -> str:
-    """The node's CPU architecture; amd64 where a node does not say."""
-    return node.labels.get(ARCH_LABEL, "amd64")
-
-
-def _node_type(name: str, nodes: list[ObservedNode]) -> NodeType:
-    match = match_hardware(nodes[0])
-    ready = [node for node in nodes if node.is_ready and not node.is_cordoned]
-    counted = ready or nodes
-    largest = max(counted, key=lambda node: (node.memory_bytes, node.cpu_millicores))
+def _node_type(
+    name: str, offers: list[Offer], min_driver_major: int, num_taken: Mapping[tuple[str, str], int]
+) -> NodeType:
+    ready = [each for each in offers if each.node.is_ready and not each.node.is_cordoned]
+    counted = ready or offers
+    # An engine that is right for the least of them is right for all.
+    least = min(counted, key=lambda each: (each.memory_mib, each.match.hardware.memory_bandwidth_gbps))
+    largest = max((each.node for each in counted), key=lambda node: (node.memory_bytes, node.cpu_millicores))
+    match = least.match
     is_gpu = match.hardware.is_gpu
+    tells_driver = all(each.driver_major and not each.claim for each in offers)
     return NodeType(
         name=name,
         hardware=match.hardware,
         recognised_by=match.detail,
         is_exact=match.how in ("product", "cpu"),
-        product=nodes[0].labels.get(PRODUCT_LABEL, ""),
-        arch=architecture(nodes[0]),
-        memory_bytes=min(_device_memory(node, match.hardware) for node in counted) if is_gpu else largest.memory_bytes,
-        cpu_millicores=min(node.cpu_millicores for node in counted) if is_gpu else largest.cpu_millicores,
-        host_memory_bytes=min(node.memory_bytes for node in counted),
-        num_nodes=len(ready),
-        num_away=len(nodes) - len(ready),
-        num_devices=sum(node.num_gpus for node in ready) if is_gpu else len(ready),
+        products=tuple(sorted({each.product for each in offers} - {""})),
+        arch=architecture(least.node),
+        resource=least.resource,
+        claim=replace(least.claim, count=1) if least.claim else None,
+        is_part=least.is_part,
+        num_sharers=least.num_sharers,
+        memory_bytes=least.memory_mib * MIB if is_gpu else largest.memory_bytes,
+        cpu_millicores=min(each.node.cpu_millicores for each in counted) if is_gpu else largest.cpu_millicores,
+        host_memory_bytes=min(each.node.memory_bytes for each in counted),
+        num_nodes=len({each.node.name for each in ready}),
+        num_away=len({each.node.name for each in offers} - {each.node.name for each in ready}),
+        num_devices=sum(each.num_devices for each in ready),
+        num_taken=sum(num_taken.get((each.node.name, name), 0) for each in ready),
+        min_driver_major=min_driver_major if is_gpu and tells_driver else 0,
     )
 
 
-def _device_memory(node: ObservedNode, hardware: Hardware) -> int:
-    """Bytes of one device: the label's (for a MIG slice it is the slice's), shared between time-sliced replicas."""
-    mib = _integer(node.labels, MEMORY_LABEL) or hardware.memory_mib
-    shares = _integer(node.labels, REPLICAS_LABEL) if node.labels.get(PRODUCT_LABEL, "").endswith("-SHARED") else 1
-    return mib * MIB // max(shares, 1)
+def _driver_problem(offer: Offer, min_driver_major: int) -> str:
+    if not offer.driver_major or offer.driver_major >= min_driver_major:
+        return ""
+    return (
+        f"offers {offer.name}, but its NVIDIA driver {offer.driver_major} is too old: the engine's image brings "
+        f"CUDA 13, which needs driver {min_driver_major} or above"
+    )
 
 
 def _why_unusable(node: ObservedNode, scheduling: Scheduling | None) -> str:
     if node.labels.get(OS_LABEL, "linux") != "linux":
         return f"runs {node.labels[OS_LABEL]}; the engine's image is for Linux"
-    if has_gpu(node) and node.num_gpus == 0:
-        return (
-            f"has a {node.labels[PRODUCT_LABEL]}, but offers no {GPU_RESOURCE}: the device plugin does not run there, "
-            "or it offers MIG slices under names of their own"
-        )
     wanted = (scheduling.node_selector if scheduling else None) or {}
     for label, value in sorted(wanted.items()):
         if node.labels.get(label) != value:
@@ -210,12 +211,3 @@ def _tolerates(toleration: Toleration, taint: Taint) -> bool:
     if toleration.operator == "Exists":
         return toleration.key in (None, "", taint.key)
     return toleration.key == taint.key and (toleration.value or "") == taint.value
-
-
-def _integer(labels: Mapping[str, str], name: str) -> int:
-    text = labels.get(name, "")
-    return int(text) if text.isdigit() else 0
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].rstrip("-")

@@ -8,18 +8,30 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from octavo_operator.apiserver import CHILD_KINDS, DEPLOYMENT, INFERENCE_SERVICE, NODE, POD, Kind
+from octavo_operator.apiserver import (
+    CHILD_KINDS,
+    CONFIG_MAP,
+    DEPLOYMENT,
+    HARDWARE_PROFILE,
+    INFERENCE_SERVICE,
+    NODE,
+    POD,
+    RESOURCE_SLICE,
+    Kind,
+)
 from octavo_operator.observe import (
     Key,
     Manifest,
     ObservedNode,
-    Running,
     key_of,
     observe_deployment,
     observe_node,
     observe_pod,
     owner_key,
+    with_claimable,
 )
+from octavo_operator.profiles import HardwareTable, ProfileVerdict, read_profiles
+from octavo_operator.running import Running, observe_running
 
 # Deletions that are remembered; more than a list can be behind.
 _MAX_TOMBSTONES = 10_000
@@ -33,6 +45,7 @@ class ObjectStore:
         self._children: dict[Key, dict[tuple[str, str], Manifest]] = defaultdict(dict)
         self._nodes: dict[str, ObservedNode] = {}
         self._node_versions: dict[str, int] = {}
+        self._profiles: tuple[HardwareTable, list[ProfileVerdict]] | None = None
         self._deleted: dict[str, int] = {}
 
     def put(self, kind: Kind, manifest: Manifest) -> bool:
@@ -46,6 +59,7 @@ class ObjectStore:
         if known is not None and resource_version(known) >= resource_version(manifest):
             return False
         self._objects[kind.name][key] = manifest
+        self._forget(kind)
         owner = owner_key(manifest) if kind in (*CHILD_KINDS, POD) else None
         if owner is not None:
             self._children[owner][kind.name, key.name] = manifest
@@ -77,11 +91,17 @@ class ObjectStore:
 
     def _drop(self, kind: Kind, key: Key) -> None:
         manifest = self._objects[kind.name].pop(key)
+        self._forget(kind)
         owner = owner_key(manifest) if kind in (*CHILD_KINDS, POD) else None
         if owner is not None and self._children[owner].get((kind.name, key.name)) is manifest:
             del self._children[owner][kind.name, key.name]
             if not self._children[owner]:
                 del self._children[owner]
+
+    def _forget(self, kind: Kind) -> None:
+        """What was worked out from objects of this kind has to be worked out anew."""
+        if kind is HARDWARE_PROFILE:
+            self._profiles = None
 
     def put_node(self, manifest: Manifest) -> bool:
         """Take in a Node. Returns whether a plan could tell the difference: heartbeats do not count."""
@@ -129,23 +149,42 @@ class ObjectStore:
         return self._children.get(key, {}).get((kind.name, name))
 
     def nodes(self) -> list[ObservedNode]:
-        """All Nodes."""
-        return list(self._nodes.values())
+        """All Nodes, with the devices that can be claimed there."""
+        return with_claimable(self._nodes.values(), self._objects[RESOURCE_SLICE.name].values())
 
-    def running(self, key: Key) -> Running:
+    def profiles(self) -> tuple[HardwareTable, list[ProfileVerdict]]:
+        """The hardware table with the cluster's own rows, and what became of each HardwareProfile."""
+        if self._profiles is None:
+            self._profiles = read_profiles(self._objects[HARDWARE_PROFILE.name].values())
+        return self._profiles
+
+    def profile(self, name: str) -> Manifest | None:
+        """The HardwareProfile."""
+        return self._objects[HARDWARE_PROFILE.name].get(Key("", name))
+
+    def running(self, key: Key, spec_hash: str) -> Running:
         """What bears on the resource's plan of all that runs."""
-        own = [observe_deployment(each) for each in self.children(key, DEPLOYMENT)]
-        pods = [observe_pod(each) for each in self.children(key, POD)]
         in_use: dict[str, int] = defaultdict(int)
         for manifest in self._objects[DEPLOYMENT.name].values():
             state = observe_deployment(manifest)
             in_use[state.node_type] += state.desired
-        return Running(
-            node_types=frozenset(each.node_type for each in own),
-            serving=frozenset(each.node_type for each in own if each.ready),
-            stuck=frozenset(each.node_type for each in pods if each.is_unschedulable),
-            num_in_use=dict(in_use),
+        return observe_running(
+            self.children(key, DEPLOYMENT),
+            self.children(key, CONFIG_MAP),
+            self.children(key, POD),
+            in_use,
+            self._taken(key),
+            spec_hash,
         )
+
+    def _taken(self, key: Key) -> dict[tuple[str, str], int]:
+        """(Node, node type) -> ready engines of other resources than `key`."""
+        taken: dict[tuple[str, str], int] = defaultdict(int)
+        for manifest in self._objects[POD.name].values():
+            pod = observe_pod(manifest)
+            if pod.is_ready and owner_key(manifest) != key:
+                taken[pod.node, pod.node_type] += 1
+        return taken
 
 
 def resource_version(manifest: Manifest) -> int:

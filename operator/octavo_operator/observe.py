@@ -4,14 +4,17 @@ Everything that decides (`nodes`, `plan`, `conditions`) takes these values and n
 repeated from what was observed.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+from octavo_engine.errors import SourceReason
 from octavo_engine.geometry import Geometry
 
 from octavo_operator.api import GROUP
+from octavo_operator.claims import ClaimableDevices, group, observe_slice
 from octavo_operator.quantities import parse_quantity
 
 # A finished Kubernetes object, as it goes to or comes from the API server.
@@ -22,7 +25,8 @@ NODE_TYPE_LABEL = f"{GROUP}/node-type"
 MANAGED_BY = {"app.kubernetes.io/managed-by": "octavo"}
 MANAGED_SELECTOR = "app.kubernetes.io/managed-by=octavo"
 
-GPU_RESOURCE = "nvidia.com/gpu"
+GPU_DOMAIN = "nvidia.com/"
+GPU_RESOURCE = f"{GPU_DOMAIN}gpu"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -63,7 +67,11 @@ class Taint:
 
 @dataclass(frozen=True)
 class ObservedNode:
-    """What planning reads of a Node; two values are equal exactly if no plan can tell them apart."""
+    """What planning reads of a Node; two values are equal exactly if no plan can tell them apart.
+
+    gpu_resources: extended resources of the GPU vendor's domain -> how many pods can be given
+    claimable:     devices that pods can claim (DRA), from the node's ResourceSlices
+    """
 
     name: str
     labels: Mapping[str, str]
@@ -72,7 +80,8 @@ class ObservedNode:
     is_cordoned: bool
     cpu_millicores: int
     memory_bytes: int
-    num_gpus: int
+    gpu_resources: Mapping[str, int] = field(default_factory=dict)
+    claimable: tuple[ClaimableDevices, ...] = ()
 
 
 # The labels of a Node that a plan, or a user's nodeSelector, can depend on are all of them, except these, which change
@@ -101,8 +110,17 @@ def observe_node(manifest: Mapping[str, Any]) -> ObservedNode:
         is_cordoned=bool(spec.get("unschedulable")),
         cpu_millicores=int(_quantity(allocatable, "cpu") * 1000),
         memory_bytes=int(_quantity(allocatable, "memory")),
-        num_gpus=int(_quantity(allocatable, GPU_RESOURCE)),
+        gpu_resources={name: int(_quantity(allocatable, name)) for name in allocatable if name.startswith(GPU_DOMAIN)},
     )
+
+
+def with_claimable(nodes: Iterable[ObservedNode], slices: Iterable[Manifest]) -> list[ObservedNode]:
+    """The nodes with the devices that their ResourceSlices offer to claims."""
+    devices: dict[str, list[ClaimableDevices]] = defaultdict(list)
+    for manifest in slices:
+        name, found = observe_slice(manifest)
+        devices[name] += found
+    return [replace(each, claimable=group(devices[each.name])) if devices[each.name] else each for each in nodes]
 
 
 def _quantity(resources: Mapping[str, Any], name: str) -> Decimal:
@@ -158,12 +176,14 @@ def observe_deployment(manifest: Mapping[str, Any]) -> DeploymentState:
 
 @dataclass(frozen=True, slots=True)
 class PodState:
-    """Why an engine pod does not run, if it does not: `problem` is empty while all is well."""
+    """Why an engine pod does not run, if it does not: `problem` is empty while all is well; `node` until it has one."""
 
     name: str
     node_type: str
     is_unschedulable: bool
     problem: str
+    node: str = ""
+    is_ready: bool = False
 
 
 def observe_pod(manifest: Mapping[str, Any]) -> PodState:
@@ -177,6 +197,8 @@ def observe_pod(manifest: Mapping[str, Any]) -> PodState:
     return PodState(
         name=metadata["name"],
         node_type=metadata.get("labels", {}).get(NODE_TYPE_LABEL, ""),
+        node=manifest.get("spec", {}).get("nodeName", ""),
+        is_ready=conditions.get("Ready", {}).get("status") == "True",
         is_unschedulable=is_unschedulable and "deletionTimestamp" not in metadata,
         problem=problem if "deletionTimestamp" not in metadata else "",
     )
@@ -198,31 +220,19 @@ def _container_problem(status: Mapping[str, Any]) -> str:
     return ""
 
 
+GeometryReason: TypeAlias = SourceReason | Literal["GeometryUnknown", "Inspecting", "InspectionFailed"]
+
+
 @dataclass(frozen=True, slots=True)
 class ModelGeometry:
     """The model's geometry as far as it is known.
 
     geometry: None while it cannot be read from here
-    problem:  why it is None, in a sentence
-    is_unsupported: the engine cannot serve this model at all
+    problem:  why it is None, or why no engine runs it, in a sentence; reason: the same in a word
+    is_unsupported: an engine would not serve this model at all
     """
 
     geometry: Geometry | None = None
     problem: str = ""
     is_unsupported: bool = False
-
-
-@dataclass(frozen=True)
-class Running:
-    """What runs already, as far as it bears on a plan.
-
-    node_types:     node types on which the resource has a Deployment
-    serving:        those of them with a ready pod
-    stuck:          those of them with a pod that cannot be scheduled
-    num_in_use:     node type -> replicas of all resources that Octavo runs there
-    """
-
-    node_types: frozenset[str] = frozenset()
-    serving: frozenset[str] = frozenset()
-    stuck: frozenset[str] = frozenset()
-    num_in_use: Mapping[str, int] = field(default_factory=dict)
+    reason: GeometryReason = "GeometryUnknown"

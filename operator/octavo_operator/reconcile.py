@@ -5,43 +5,59 @@ anywhere: the next one continues from what is there.
 """
 
 import logging
-import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import ValidationError
 
-from octavo_operator.api import API_VERSION, KIND, Condition, InferenceService, InferenceServiceStatus
+from octavo_operator.api import API_VERSION, KIND, InferenceService
 from octavo_operator.apiserver import (
     CHILD_KINDS,
+    CLAIM_TEMPLATE,
     CONFIG_MAP,
     DEPLOYMENT,
-    EVENT,
     INFERENCE_SERVICE,
     KINDS,
     POD,
     SERVICE,
     SERVICE_ACCOUNT,
-    UNREACHABLE,
     ApiServer,
     Kind,
-    own_identity,
 )
+from octavo_operator.children import Owner
 from octavo_operator.conditions import Failure, invalid_spec_conditions, make_conditions
-from octavo_operator.errors import ApiError, NameConflictError
+from octavo_operator.decision import Defaults, Plan
+from octavo_operator.errors import ApiError, NameConflictError, explain_validation
+from octavo_operator.events import EventWriter
+from octavo_operator.inspector import Inspector, ModelReader
+from octavo_operator.merge import differs
 from octavo_operator.metrics import Metrics
 from octavo_operator.modelgeometry import GeometryReader
 from octavo_operator.objectstore import ObjectStore
-from octavo_operator.observe import SERVICE_LABEL, Key, Manifest, key_of, observe_deployment, observe_pod
-from octavo_operator.plan import Defaults, Plan, make_plan, model_address, wanted_replicas
-from octavo_operator.render import MANIFEST_HASH, Owner, differs, remembered_geometry, render
+from octavo_operator.observe import (
+    NODE_TYPE_LABEL,
+    SERVICE_LABEL,
+    Key,
+    Manifest,
+    ModelGeometry,
+    key_of,
+    observe_deployment,
+    observe_pod,
+)
+from octavo_operator.plan import make_plan, wanted_replicas
+from octavo_operator.profile_api import PROFILE_PLURAL
+from octavo_operator.profile_report import ProfileReporter
+from octavo_operator.render import MANIFEST_HASH, render
 from octavo_operator.report import make_status
+from octavo_operator.running import spec_hash
+from octavo_operator.status_api import Condition, InferenceServiceStatus
 
 logger = logging.getLogger(__name__)
 
-_MAX_NOTE = 1000
+# Stands for all HardwareProfiles on the queue: no resource has an empty namespace.
+PROFILES = Key("", PROFILE_PLURAL)
 
 
 def utc_now() -> datetime:
@@ -58,6 +74,11 @@ class Pass:
     generation: int
     manifest: Manifest
     previous: Manifest
+
+    @property
+    def annotations(self) -> dict[str, str]:
+        """The resource's own annotations."""
+        return self.manifest["metadata"].get("annotations") or {}
 
     @property
     def conditions(self) -> list[Condition]:
@@ -85,11 +106,12 @@ class Reconciler:
     ) -> None:
         self._api = api
         self._store = store
-        self._geometry = geometry
+        self._models = ModelReader(geometry, Inspector(api, defaults.engine_image))
         self._defaults = defaults
         self._metrics = metrics
         self._clock = clock
-        self._identity = own_identity()
+        self._events = EventWriter(api, clock)
+        self._profiles = ProfileReporter(api, store, metrics, self._now)
 
     async def reconcile(self, key: Key) -> float | None:
         """Make the cluster be what the resource asks for, as far as one pass can.
@@ -97,6 +119,9 @@ class Reconciler:
         Returns seconds after which to look again even if nothing happens, or None.
         Raises ApiError and `apiserver.UNREACHABLE` where the pass has to be repeated soon.
         """
+        if key == PROFILES:
+            await self._profiles.report()
+            return None
         manifest = self._store.resource(key)
         if manifest is None:
             await self._collect(key)
@@ -109,7 +134,7 @@ class Reconciler:
         try:
             service = InferenceService.model_validate(manifest)
         except ValidationError as error:
-            await self._report_invalid(current, _explain(error))
+            await self._report_invalid(current, explain_validation(error))
             return None
         return await self._reconcile(current, service)
 
@@ -132,8 +157,14 @@ class Reconciler:
                 self._metrics.writes.labels("delete", kind.name).inc()
 
     async def _reconcile(self, current: Pass, service: InferenceService) -> float | None:
-        plan, is_geometry_open = await self._plan(current, service)
-        owner = Owner(current.key, current.uid)
+        owner = Owner(current.key, current.uid, current.annotations)
+        config_maps = self._store.children(current.key, CONFIG_MAP)
+        model, look_again_s = await self._models.read(owner, service.spec, config_maps)
+        plan = self._plan(current, service, model)
+        if model.reason == "Inspecting":
+            # What runs is left as it is until the answer comes.
+            await self._report(current, service, plan, Failure("Inspecting", model.problem, is_final=False))
+            return look_again_s
         desired = [] if service.spec.plan_only else render(owner, service.spec, plan)
         failure: Failure | None = None
         problem: Exception | None = None
@@ -148,18 +179,12 @@ class Reconciler:
         await self._report(current, service, plan, failure)
         if problem is not None:
             raise problem
-        return self._geometry.retry_s if is_geometry_open else None
+        return look_again_s
 
-    async def _plan(self, current: Pass, service: InferenceService) -> tuple[Plan, bool]:
-        """The plan, and whether the geometry is worth asking for again."""
-        address = model_address(service.spec)
-        model = await self._geometry.read(address)
-        is_open = model.geometry is None and not model.is_unsupported
-        if is_open:
-            config_maps = self._store.children(current.key, CONFIG_MAP)
-            model = replace(model, geometry=remembered_geometry(config_maps, address))
-        running = self._store.running(current.key)
-        return make_plan(service.spec, self._store.nodes(), model, self._defaults, running), is_open
+    def _plan(self, current: Pass, service: InferenceService, model: ModelGeometry) -> Plan:
+        running = self._store.running(current.key, spec_hash(service.spec, current.annotations))
+        table, _ = self._store.profiles()
+        return make_plan(service.spec, self._store.nodes(), model, self._defaults, running, table)
 
     async def _apply(self, current: Pass, desired: Sequence[Manifest]) -> None:
         """Write those objects that are missing or that are not as they should be."""
@@ -231,7 +256,15 @@ class Reconciler:
             return set()
         kept = {name for name, state in states.items() if state.ready and state.node_type not in planned}
         shared = {(SERVICE.name, key.name), (SERVICE_ACCOUNT.name, key.name)} if kept else set()
-        return shared | {(kind.name, name) for kind in (DEPLOYMENT, CONFIG_MAP) for name in kept}
+        return (
+            shared
+            | {(kind.name, name) for kind in (DEPLOYMENT, CONFIG_MAP) for name in kept}
+            | {
+                (CLAIM_TEMPLATE.name, each["metadata"]["name"])
+                for each in self._store.children(key, CLAIM_TEMPLATE)
+                if kept and each["metadata"]["labels"].get(NODE_TYPE_LABEL) not in planned
+            }
+        )
 
     async def _report_invalid(self, current: Pass, message: str) -> None:
         states = [observe_deployment(each) for each in self._store.children(current.key, DEPLOYMENT)]
@@ -276,6 +309,9 @@ class Reconciler:
         if plan is not None and plan.variants and (current.previous.get("plan") or {}).get("hash") != plan.hash:
             reasons = "; ".join(f"{each.node_type}: {each.why}" for each in plan.variants)
             await self._tell(current, "PlanChosen", reasons)
+        outdated = next((each for each in status.conditions if each.type == "PlanOutdated"), None)
+        if outdated is not None and outdated.status == "True" and not is_true(current.conditions, outdated.type):
+            await self._tell(current, outdated.type, outdated.message)
         ready, is_stalled = status.conditions[0], is_true(status.conditions, "Stalled")
         before = next((each for each in current.conditions if each.type == ready.type), None)
         is_new = before is None or (before.status, before.reason) != (ready.status, ready.reason)
@@ -284,31 +320,7 @@ class Reconciler:
             await self._tell(current, ready.reason, ready.message, is_warning=is_stalled)
 
     async def _tell(self, current: Pass, reason: str, note: str, *, is_warning: bool = False) -> None:
-        """A Kubernetes Event, which `kubectl describe` shows. Losing one is no reason to fail a pass."""
-        logger.info("resource=%s event=%s %s", current.key, reason, note)
-        event: Manifest = {
-            "apiVersion": EVENT.api_version,
-            "kind": EVENT.name,
-            "metadata": {"name": f"{current.key.name}.{secrets.token_hex(8)}", "namespace": current.key.namespace},
-            "eventTime": self._clock().isoformat(timespec="microseconds").replace("+00:00", "Z"),
-            "reportingController": "octavo.dev/operator",
-            "reportingInstance": self._identity[:128],
-            "action": "Reconcile",
-            "reason": reason,
-            "type": "Warning" if is_warning else "Normal",
-            "note": note[:_MAX_NOTE],
-            "regarding": {
-                "apiVersion": API_VERSION,
-                "kind": KIND,
-                "name": current.key.name,
-                "namespace": current.key.namespace,
-                "uid": current.uid,
-            },
-        }
-        try:
-            await self._api.create(EVENT, event)
-        except (ApiError, *UNREACHABLE) as error:
-            logger.warning("resource=%s event %s was not written: %s", current.key, reason, error)
+        await self._events.write(current.key, current.uid, reason, note, is_warning=is_warning)
 
     def _now(self) -> str:
         return self._clock().strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -326,10 +338,3 @@ def needs_apply(desired: Manifest, live: Manifest) -> bool:
 def is_true(conditions: Sequence[Condition], name: str) -> bool:
     """Whether the condition is there and True."""
     return any(each.type == name and each.status == "True" for each in conditions)
-
-
-def _explain(error: ValidationError) -> str:
-    """The first problem, with its place in the spec."""
-    problem = error.errors()[0]
-    place = ".".join(str(each) for each in problem["loc"])
-    return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

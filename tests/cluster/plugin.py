@@ -44,6 +44,10 @@ class Forwarding(Protocol):
     def __call__(self, service: str, namespace: str, service_port: int | str | None = None) -> Forward: ...
 
 
+# Tests that have a control plane of their own where tests run in parallel: about half of the time of all that need one.
+SECOND_CLUSTER = ("test_chart.py", "test_docs.py", "test_gitops.py", "test_hub.py", "test_inspection.py")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cluster: runs against a real Kubernetes API server")
 
@@ -52,7 +56,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "control_plane" in getattr(item, "fixturenames", ()):
             item.add_marker("cluster")
-            item.add_marker(pytest.mark.xdist_group("cluster"))  # one process holds it for all tests
+            # One process holds a control plane for all tests of a group.
+            is_second = item.nodeid.partition("::")[0].endswith(SECOND_CLUSTER)
+            item.add_marker(pytest.mark.xdist_group("second cluster" if is_second else "cluster"))
         else:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 

@@ -10,28 +10,35 @@ from octavo_engine.model_source import ModelFiles
 from octavo_engine.models import Model
 from octavo_kernels.ops.attention_metadata import AttentionMetadata
 
-BLOCK_SIZE = 4
+CPU = torch.device("cpu")
 
 
-def load(path: Path, quantization: str = "none") -> LoadedModel:
+def load(
+    path: Path, quantization: str = "none", dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> LoadedModel:
     files = ModelFiles(str(path), path)
-    return load_model(
-        files, read_geometry(path), torch.float32, torch.device("cpu"), quantization, lambda fraction, text: None
-    )
+    return load_model(files, read_geometry(path), dtype, device, quantization, lambda fraction, text: None)
 
 
 class PagedRunner:
     """Runs prompts through a model in chunks, every request with blocks of its own, scattered over the cache."""
 
-    def __init__(self, model: Model, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[int]],
+        block_size: int = 4,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+    ) -> None:
         geometry = model.geometry
-        self.model, self.prompts = model, prompts
+        self.model, self.prompts, self.block_size, self.device = model, prompts, block_size, device
         self.num_computed = [0] * len(prompts)
-        num_blocks = [-(-len(prompt) // BLOCK_SIZE) for prompt in prompts]
+        num_blocks = [-(-len(prompt) // block_size) for prompt in prompts]
         free = iter((torch.randperm(sum(num_blocks)) + 1).tolist())
         self.blocks = [[next(free) for _ in range(count)] for count in num_blocks]
-        shape = (sum(num_blocks) + 1, geometry.num_layers, 2, BLOCK_SIZE, geometry.num_kv_heads, geometry.head_dim)
-        self.kv_cache = torch.full(shape, torch.nan)
+        shape = (sum(num_blocks) + 1, geometry.num_layers, 2, block_size, geometry.num_kv_heads, geometry.head_dim)
+        self.kv_cache = torch.full(shape, torch.nan, dtype=dtype, device=device)
 
     def run(self, chunk_sizes: Sequence[int]) -> list[torch.Tensor]:
         """All logits of each prompt; step i computes at most chunk_sizes[i % len] tokens of each request."""
@@ -53,41 +60,46 @@ class PagedRunner:
         }
         order = sorted(chunks, key=lambda seq: len(chunks[seq]) > 1)
         tokens = [self.prompts[seq][position] for seq in order for position in chunks[seq]]
-        positions = torch.tensor([position for seq in order for position in chunks[seq]])
+        positions = self._tensor([position for seq in order for position in chunks[seq]])
         metadata = self._metadata(order, chunks)
-        hidden = self.model(torch.tensor(tokens), positions, self.kv_cache, metadata)
+        hidden = self.model(self._tensor(tokens), positions, self.kv_cache, metadata)
         results = []
         for seq, rows in zip(order, hidden.split(list(metadata.query_lens)), strict=True):
-            results.append((seq, self.model.compute_logits(rows)))
+            results.append((seq, self.model.compute_logits(rows).float().cpu()))
             self.num_computed[seq] = chunks[seq].stop
         return results
 
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.tensor(values, device=self.device)
+
     def _metadata(self, order: Sequence[int], chunks: dict[int, range]) -> AttentionMetadata:
         width = max(len(self.blocks[seq]) for seq in order)
-        tables = torch.tensor([self.blocks[seq] + [0] * (width - len(self.blocks[seq])) for seq in order])
+        tables = self._tensor([self.blocks[seq] + [0] * (width - len(self.blocks[seq])) for seq in order])
         slots = [
-            self.blocks[seq][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+            self.blocks[seq][position // self.block_size] * self.block_size + position % self.block_size
             for seq in order
             for position in chunks[seq]
         ]
         query_lens = [len(chunks[seq]) for seq in order]
         return AttentionMetadata(
             block_tables=tables,
-            seq_lens=torch.tensor([chunks[seq].stop for seq in order]),
-            query_start_loc=torch.tensor([0, *query_lens]).cumsum(0),
-            slot_mapping=torch.tensor(slots),
+            seq_lens=self._tensor([chunks[seq].stop for seq in order]),
+            query_start_loc=self._tensor([0, *query_lens]).cumsum(0),
+            slot_mapping=self._tensor(slots),
             num_decodes=query_lens.count(1),
             query_lens=tuple(query_lens),
             context_lens=tuple(chunks[seq].stop for seq in order),
         )
 
 
-def reference_logits(folder: Path, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def reference_logits(
+    folder: Path, prompts: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     with torch.inference_mode():
-        return [model(torch.tensor([list(prompt)])).logits[0] for prompt in prompts]
+        return [model(torch.tensor([list(prompt)])).logits[0].float() for prompt in prompts]
 
 
 def random_prompts(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:

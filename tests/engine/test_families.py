@@ -9,10 +9,9 @@ import torch
 from engine.paged_runner import PagedRunner, load, random_prompts, reference_logits
 from octavo_engine.capacity import weight_bytes
 from octavo_engine.errors import UnsupportedModelError
-from octavo_engine.geometry import Geometry, geometry_from_config, read_geometry
+from octavo_engine.geometry import geometry_from_config, read_geometry
 from octavo_engine.layers.alibi import alibi_slopes
 from octavo_engine.layers.linear import FusedHeads
-from octavo_engine.layers.window_config import read_windows
 from octavo_kernels.hardware import CPU
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -232,10 +231,3 @@ def test_geometry_of_published_models(config, num_parameters: int, kv_bytes: int
     geometry = geometry_from_config(config)
     assert geometry.num_parameters == num_parameters
     assert geometry.kv_bytes_per_token("bfloat16") == kv_bytes
-
-
-def test_windows_by_layer() -> None:
-    geometry = Geometry("Qwen2ForCausalLM", 3, 48, 6, 2, 8, 80, 100, 64, False, "float32", sliding_window=9)
-    assert read_windows({}, geometry) == (9, 9, 9)
-    assert read_windows({"max_window_layers": 2}, geometry) == (None, None, 9)
-    assert read_windows({"layer_types": ["sliding_attention", "full_attention"] * 2}, geometry) == (9, None, 9)

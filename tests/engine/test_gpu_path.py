@@ -9,18 +9,21 @@ import pytest
 from octavo_engine.config import EngineConfig
 from octavo_engine.core import EngineCore
 from octavo_engine.protocol import AbortRequests, AddRequest, SamplingParams
-from octavo_engine.scheduler import check_invariants
+from octavo_engine.runner import Launched
+from octavo_engine.scheduler import Step, check_invariants
 from octavo_kernels.launch import interpret_on_cpu
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is off")
 
 PROMPTS = [[2 + (7 * i + 3 * j) % 120 for j in range(4 + 5 * i)] for i in range(3)]
 
+PENALTIES = {"repetition_penalty": 1.7, "presence_penalty": 0.5, "frequency_penalty": 0.3}
+
 
 def make_core(folder: Path, **fields) -> EngineCore:
     config = EngineConfig(
-        model=str(folder), device="cpu", dtype="float32", max_model_len=32, block_size=8, max_num_seqs=3,
-        **{"num_kv_blocks": 16, "max_num_batched_tokens": 13, **fields},
+        model=str(folder), device="cpu", dtype="float32", max_model_len=32, block_size=8,
+        **{"num_kv_blocks": 24, "max_num_batched_tokens": 13, "max_num_seqs": 3, **fields},
     )  # fmt: skip
     return EngineCore(config, lambda phase: None)
 
@@ -75,11 +78,60 @@ def test_stop_tokens_end_a_sequence_that_is_ahead_of_the_host(folder: Path) -> N
         assert stopped[name] == token_ids[:end]
 
 
-def test_penalties_see_every_token(folder: Path) -> None:
-    params = {"repetition_penalty": 1.7, "presence_penalty": 0.5, "frequency_penalty": 0.3}
-    expected = generate(make_core(folder), **params)
+@pytest.mark.parametrize(
+    "params",
+    [
+        pytest.param(PENALTIES, id="penalties"),
+        pytest.param({**PENALTIES, "n": 2}, id="forks"),
+        pytest.param({"logit_bias": {3: 4.0, 120: -9.0, 17: 5.5}}, id="bias"),
+        pytest.param({"min_tokens": 4, "ignore_eos": False, "stop_token_ids": tuple(range(60))}, id="min_tokens"),
+        pytest.param({**PENALTIES, "logit_bias": {5: 30.0, 6: 29.0}, "logprobs": 2}, id="all and logprobs"),
+    ],
+)
+def test_constrained_tokens_are_the_cpus(folder: Path, params) -> None:
+    plain, expected = generate(make_core(folder, max_num_seqs=6)), generate(make_core(folder, max_num_seqs=6), **params)
+    assert any(plain[name, 0] != token_ids for (name, _), token_ids in expected.items()), "the constraint does nothing"
     with interpret_on_cpu():
-        assert generate(make_core(folder), **params) == expected
+        core = make_core(folder, max_num_seqs=6)
+        assert generate(core, **params) == expected
+        assert generate(core, **params) == expected, "in the slots of others"
+
+
+def test_preempted_sequences_remember_what_they_have_seen(folder: Path) -> None:
+    expected = generate(make_core(folder), max_tokens=13, **PENALTIES)
+    with interpret_on_cpu():
+        core = make_core(folder, num_kv_blocks=4)
+        assert generate(core, max_tokens=13, **PENALTIES) == expected
+    assert core.scheduler.counters.num_preemptions > 0
+
+
+def test_penalties_of_one_sequence_leave_the_others_alone(folder: Path) -> None:
+    plain, penalised = generate(make_core(folder)), generate(make_core(folder), **PENALTIES)
+    with interpret_on_cpu():
+        core = make_core(folder)
+        for i, prompt in enumerate(PROMPTS):
+            params = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0, **(PENALTIES if i == 1 else {}))
+            core.add_request(AddRequest(f"r{i}", prompt, params, arrival_time_s=float(i)))
+        answers: dict[str, list[int]] = {}
+        while core.has_work:
+            for output in core.step().outputs:
+                answers.setdefault(output.request_id, []).extend(output.token_ids)
+    assert answers == {"r0": plain["r0", 0], "r1": penalised["r1", 0], "r2": plain["r2", 0]}
+
+
+def test_penalties_do_not_wait_for_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with interpret_on_cpu():
+        core = make_core(folder)
+        num_promised: list[int] = []
+        launch = core._runner.launch
+
+        def watch(step: Step) -> Launched:
+            num_promised.append(max(request.num_promised for request in step.sampled) if step.sampled else 0)
+            return launch(step)
+
+        monkeypatch.setattr(core._runner, "launch", watch)
+        generate(core, **PENALTIES)
+    assert sum(num_promised) >= 4, "no step was launched ahead of its tokens"
 
 
 def test_a_draw_depends_on_its_seed_alone(folder: Path) -> None:

@@ -1,25 +1,18 @@
 """Where models come from: folders, files, Python packages, and a hub (a local server that speaks its protocol)."""
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from hub_server import CONFIG, NUM_PARAMETERS, serve_hub
 from octavo_engine.errors import ModelSourceError
-from octavo_engine.model_source import HubRepository, ModelFiles, parse_hub_address, resolve_geometry, resolve_model
-
-COMMIT = "a" * 40
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 6,
-    "intermediate_size": 80, "vocab_size": 100, "max_position_embeddings": 64,
-}  # fmt: skip
+from octavo_engine.hub import HubRepository, parse_hub_address
+from octavo_engine.model_source import ModelFiles, resolve_geometry, resolve_model
 
 
 @pytest.fixture
@@ -106,97 +99,24 @@ def test_hub_addresses_may_name_a_revision() -> None:
         parse_hub_address("hf://org/name@v1", "v2")
 
 
-REPOSITORIES = {
-    "org/good": {
-        "config.json": json.dumps(CONFIG).encode(), "tokenizer.json": b"{}", "model.safetensors": b"weights",
-        "pytorch_model.bin": b"unwanted", "original/model.safetensors": b"unwanted", "README.md": b"unwanted",
-    },
-    "org/bare": {"config.json": json.dumps(CONFIG).encode()},
-    "org/no-config": {"model.safetensors": b"weights"},
-}  # fmt: skip
-REFUSALS = {
-    "org/gated": (HTTPStatus.FORBIDDEN, "GatedRepo"),
-    "org/absent": (HTTPStatus.NOT_FOUND, "RepoNotFound"),
-    "org/private": (HTTPStatus.UNAUTHORIZED, "RepoNotFound"),
-    "org/broken": (HTTPStatus.INTERNAL_SERVER_ERROR, "Broken"),
-    "org/forbidden": (HTTPStatus.FORBIDDEN, ""),
-}
-
-
-class HubHandler(BaseHTTPRequestHandler):
-    """As much of the hub as downloads need: a model's listing, and its files with their headers."""
-
-    requested: list[str]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        self.requested.append(self.path)
-        parts = self.path.strip("/").split("/")
-        repository = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
-        if repository in REFUSALS:
-            status, code = REFUSALS[repository]
-            self._answer(status, b"{}", {"X-Error-Code": code} if code else {})
-        elif repository not in REPOSITORIES:
-            self._answer(HTTPStatus.NOT_FOUND, b"{}", {})
-        elif parts[0] == "api" and parts[4] == "tree":
-            tree = [
-                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for name, content in REPOSITORIES[repository].items()
-            ]
-            self._answer(HTTPStatus.OK, json.dumps(tree).encode(), {"Content-Type": "application/json"})
-        elif parts[0] == "api":
-            self._list(REPOSITORIES[repository], parts[-1])
-        else:
-            self._file(REPOSITORIES[repository], "/".join(parts[4:]))
-
-    def _list(self, files: dict[str, bytes], revision: str) -> None:
-        if revision not in ("main", COMMIT):
-            self._answer(HTTPStatus.NOT_FOUND, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            return
-        siblings = [{"rfilename": name} for name in files]
-        listing = {"id": "org/name", "modelId": "org/name", "sha": COMMIT, "siblings": siblings, "tags": []}
-        self._answer(HTTPStatus.OK, json.dumps(listing).encode(), {"Content-Type": "application/json"})
-
-    def _file(self, files: dict[str, bytes], name: str) -> None:
-        if name not in files:
-            self._answer(HTTPStatus.NOT_FOUND, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-            return
-        etag = hashlib.sha256(files[name]).hexdigest()
-        self._answer(HTTPStatus.OK, files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
-
-    def _answer(self, status: HTTPStatus, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
-
-
 @pytest.fixture
 def hub() -> Iterator[ThreadingHTTPServer]:
-    handler = type("Handler", (HubHandler,), {"requested": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serve_hub() as server:
         yield server
-        server.shutdown()
 
 
 PROGRAM = """
 import sys
-from octavo_engine.errors import ModelSourceError
+from octavo_engine.errors import ModelSourceError, UnsupportedModelError
 from octavo_engine.model_source import resolve_geometry, resolve_model
 resolve = {"model": lambda address: resolve_model(address).path, "geometry": resolve_geometry}[sys.argv[1]]
 for address in sys.argv[2:]:
     try:
         print(resolve(address))
     except ModelSourceError as error:
-        print("error:", error)
+        print("error:", error, f"[{error.reason}]")
+    except UnsupportedModelError as error:
+        print("unsupported:", error)
 """
 
 
@@ -233,10 +153,33 @@ def test_a_hub_model_brings_only_what_is_read(hub, resolve_from_hub) -> None:
     assert requested_files(hub) == {"config.json", "model.safetensors", "tokenizer.json"}
 
 
-def test_the_geometry_of_a_hub_model_needs_one_file(hub, resolve_from_hub) -> None:
+def test_the_geometry_of_a_hub_model_needs_its_configuration_and_a_header(hub, resolve_from_hub) -> None:
     (line,) = resolve_from_hub("geometry", "hf://org/good@main")
     assert line.startswith("Geometry(architecture='LlamaForCausalLM', num_layers=2")
-    assert requested_files(hub) == {"config.json"}
+    assert f"checkpoint_bytes={4 * NUM_PARAMETERS}" in line
+    assert requested_files(hub) == {"config.json", "model.safetensors"}
+
+
+def test_of_a_large_file_only_the_beginning_is_fetched(hub, resolve_from_hub) -> None:
+    (line,) = resolve_from_hub("geometry", "hf://org/large")
+    assert "checkpoint_bytes=19600000" in line
+    assert sum(hub.RequestHandlerClass.sent) < 200_000
+
+
+def test_of_a_sharded_model_the_index_says_the_bytes_and_one_header_the_type(hub, resolve_from_hub) -> None:
+    (line,) = resolve_from_hub("geometry", "hf://org/sharded")
+    assert f"checkpoint_bytes={4 * NUM_PARAMETERS}" in line
+    assert requested_files(hub) == {"config.json", "model.safetensors.index.json", "a"}
+
+
+def test_a_configuration_of_another_model_is_refused(resolve_from_hub) -> None:
+    (line,) = resolve_from_hub("geometry", "hf://org/liar")
+    assert line.startswith("unsupported: config.json describes weights of 0.000 GB, but files hold 0.001 GB: it is")
+
+
+def test_without_a_readable_header_the_configuration_has_to_do(resolve_from_hub) -> None:
+    lines = resolve_from_hub("geometry", "hf://org/garbage", "hf://org/other-name")
+    assert ["checkpoint_bytes=None" in line for line in lines] == [True, True]
 
 
 def test_a_cached_model_needs_no_network(resolve_from_hub) -> None:
@@ -246,14 +189,15 @@ def test_a_cached_model_needs_no_network(resolve_from_hub) -> None:
 
 
 PROBLEMS = {
-    "hf://org/gated": "is gated: accept its terms on its page, and give a token that may read it in HF_TOKEN",
-    "hf://org/absent": "does not exist, or is private: check the spelling",
-    "hf://org/private": "does not exist, or is private: check the spelling, or give a token",
-    "hf://org/forbidden": "answered 403; the token in HF_TOKEN may not read it",
-    "hf://org/broken": "answered 500",
-    "hf://org/good@v9": "has no such revision",
-    "hf://org/no-config": "has no config.json",
-    "hf://a--b/c..d": "is no name of a repository",
+    "hf://org/gated": ("is gated: accept its terms on its page, and give a token that may", "ModelAccessDenied"),
+    "hf://org/absent": ("does not exist, or is private: check the spelling", "ModelNotFound"),
+    "hf://org/private": ("does not exist, or is private: check the spelling, or give a token", "ModelNotFound"),
+    "hf://org/forbidden": ("answered 403; the token in HF_TOKEN may not read it", "ModelAccessDenied"),
+    "hf://org/broken": ("answered 500", "HubUnavailable"),
+    "hf://org/busy": ("answered 429: too many requests; a token in HF_TOKEN raises the limit", "HubRateLimited"),
+    "hf://org/good@v9": ("has no such revision", "ModelNotFound"),
+    "hf://org/no-config": ("has no config.json", "ModelNotFound"),
+    "hf://a--b/c..d": ("is no name of a repository", "ModelNotFound"),
 }
 
 
@@ -264,11 +208,14 @@ def test_every_refusal_of_a_hub_is_one_sentence(what: str, resolve_from_hub) -> 
     assert len(lines) == len(addresses)
     for address, line in zip(addresses, lines, strict=True):
         assert line.startswith(f"error: {address} ")
-        assert PROBLEMS[address] in line
+        problem, reason = PROBLEMS[address]
+        assert problem in line
+        assert line.endswith(f"[{reason}]")
 
 
 def test_a_hub_model_without_safetensors_is_refused(resolve_from_hub) -> None:
-    assert "has no .safetensors weights" in resolve_from_hub("model", "hf://org/bare")[0]
+    for what in ("model", "geometry"):
+        assert "has no .safetensors weights" in resolve_from_hub(what, "hf://org/bare")[0]
 
 
 @pytest.mark.parametrize("what", ["model", "geometry"])

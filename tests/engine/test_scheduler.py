@@ -205,8 +205,9 @@ def test_preempts_the_newest_request_when_the_pool_is_full() -> None:
     )
     scheduler.add(old)
     scheduler.add(new)
+    assert engine.step().admitted == [old, new]
     while not scheduler.counters.num_preemptions:
-        engine.step()
+        assert engine.step().admitted == []
     assert scheduler.running == [old]
     assert list(scheduler.waiting) == [new]
     engine.run()

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from octavo_kernels import launch
-from octavo_kernels.launch import FLOAT8_VARIANTS, VARIANTS, variant_of
+from octavo_kernels.launch import FLOAT8_VARIANTS, VARIANTS, use_variant, variant_of
 
 OPS = ("gelu", "kv_write", "layer_norm", "rms_norm", "rotary", "rotate_and_write_kv", "silu_and_mul")
 
@@ -59,3 +59,17 @@ def test_examples_name_every_argument_of_their_kernel(op: ModuleType, variant: s
     assert len({example.name for example in examples}) == len(examples)
     for example in examples:
         assert sorted([*example.signature, *example.constexprs]) == sorted(example.function.arg_names)
+
+
+def test_the_variant_that_was_asked_for_wins_over_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 7)
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=81_559 << 20)
+    monkeypatch.setattr(launch.torch.cuda, "get_device_properties", lambda _: properties)
+    use_variant("ampere")
+    try:
+        assert variant_of(device) == "ampere"
+        assert variant_of(torch.device("cpu")) == "generic"
+    finally:
+        use_variant("")
+    assert variant_of(device) == "hopper"
+    variant_of.cache_clear()

@@ -186,11 +186,12 @@ def test_many_requests_leave_the_planner_few_workers_at_a_time(
     check(device, *inputs, Scoring(0.3), launch=replace(SMALL_TILES, workers_per_multiprocessor=3))
 
 
-def test_large_groups_are_combined_piece_by_piece(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_groups_are_combined_piece_by_piece(device: torch.device) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(paged_decode, "COMBINED_ELEMENTS", 128)
     inputs = example_inputs([1, 1], [150, 40], num_heads=9, num_kv_heads=1, block_size=8)
-    check(device, *inputs, Scoring(0.3), launch=replace(SMALL_TILES, workers_per_multiprocessor=3))
+    check(
+        device, *inputs, Scoring(0.3), launch=replace(SMALL_TILES, workers_per_multiprocessor=3, combined_elements=128)
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -222,3 +222,48 @@ def test_examples_compile_for_this_gpu(device: torch.device) -> None:
     major, minor = torch.cuda.get_device_capability()
     for example in compile_examples("hopper"):
         compile_example(example, 10 * major + minor)
+
+
+def test_rows_that_are_done_are_left_out(device: torch.device) -> None:
+    torch.manual_seed(0)
+    query, cache, metadata = example_inputs([1, 25, 9, 16], [40, 25, 30, 16], num_heads=4, num_kv_heads=2, block_size=8)
+    query, cache, metadata, scoring = move_attention(device, query, cache, metadata, Scoring(0.3))
+    plan = plan_chunks(metadata, cache, query.dtype, None, SMALL_TILES, num_done=[16, 0, 16])
+    output = torch.full(query.shape, torch.nan, dtype=query.dtype, device=device)
+    run_chunks(output, query, cache, plan, scoring)
+    is_left_out = torch.zeros(51, dtype=torch.bool)
+    is_left_out[[0, *range(1, 17), *range(35, 51)]] = True
+    assert torch.equal(output.isnan().all(dim=(1, 2)).cpu(), is_left_out)
+    expected = dense_attention(query, cache, metadata, scoring, None)
+    tolerance = TOLERANCES[query.dtype]
+    torch.testing.assert_close(
+        output.double()[~is_left_out], expected[~is_left_out], atol=tolerance, rtol=tolerance, check_device=False
+    )
+
+
+def test_a_captured_step_reads_its_chunks_on_the_device(device: torch.device) -> None:
+    torch.manual_seed(0)
+    query, cache, metadata = example_inputs([1, 25, 9], [40, 25, 30], num_heads=4, num_kv_heads=2, block_size=8)
+    query, cache, metadata, scoring = move_attention(device, query, cache, metadata, Scoring(0.3))
+    num_tokens, num_absent = len(query), 2
+    padding = torch.zeros(num_absent, metadata.block_tables.shape[1], dtype=torch.int64, device=device)
+    tables, absent = metadata.block_tables, torch.full((num_absent,), -1, device=device)
+    ends = torch.full((num_absent,), num_tokens, device=device)
+    captured = AttentionMetadata(
+        block_tables=torch.cat((tables[:1], padding, tables[1:], padding)),
+        seq_lens=torch.cat((metadata.seq_lens[:1], absent, metadata.seq_lens[1:], absent)),
+        query_start_loc=torch.cat((metadata.query_start_loc[:1], absent, metadata.query_start_loc[1:], ends)),
+        slot_mapping=metadata.slot_mapping,
+        num_decodes=1 + num_absent,
+        query_lens=(1,) * (3 + 2 * num_absent),
+        context_lens=(),
+        max_chunk_tokens=64,
+    )
+    padded = torch.cat((query, torch.full((3, *query.shape[1:]), torch.nan, dtype=query.dtype, device=device)))
+    output = plan_triton_attention(captured, cache, query.dtype).run(padded, cache, scoring)
+    assert not output[num_tokens:].any()
+    expected = dense_attention(query, cache, metadata, scoring, None)
+    tolerance = TOLERANCES[query.dtype]
+    torch.testing.assert_close(
+        output[:num_tokens].double(), expected, atol=tolerance, rtol=tolerance, check_device=False
+    )

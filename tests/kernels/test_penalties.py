@@ -155,15 +155,22 @@ def test_a_reset_slot_has_seen_nothing_and_the_others_keep_theirs() -> None:
 def test_bias_is_added_to_its_tokens_alone(dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     logits = torch.randn(3, 50, device=DEVICE).to(dtype)
-    token_ids = integers([[0, 49, 7], [-1, 3, -1], [-1, -1, -1]])
-    bias = floats([[1.5, -100, 0.25], [9, -torch.inf, 9], [9, 9, 9]])
-    expected = add_logit_bias_reference(logits, token_ids, bias)
+    rows, token_ids, bias = integers([0, 2, 0, 0]), integers([0, 3, 49, 7]), floats([1.5, -torch.inf, -100, 0.25])
+    expected = add_logit_bias_reference(logits, rows, token_ids, bias)
     by_hand = logits.clone()
-    by_hand[0, [0, 49, 7]] += bias[0].to(dtype)
-    by_hand[1, 3] = -torch.inf
-    add_logit_bias_(logits, token_ids, bias)
+    by_hand[0, [0, 49, 7]] += bias[[0, 2, 3]].to(dtype)
+    by_hand[2, 3] = -torch.inf
+    add_logit_bias_(logits, rows, token_ids, bias)
     torch.testing.assert_close(logits, expected)
     torch.testing.assert_close(logits, by_hand)
+
+
+def test_a_bias_of_more_entries_than_one_program_takes() -> None:
+    logits = torch.zeros(3, 3000, device=DEVICE)
+    token_ids = torch.arange(3000, dtype=torch.int32, device=DEVICE)
+    add_logit_bias_(logits, torch.ones_like(token_ids), token_ids, token_ids.float())
+    assert torch.equal(logits[1], token_ids.float())
+    assert not logits[[0, 2]].any()
 
 
 def test_forbidden_tokens_are_impossible_and_the_others_unchanged() -> None:
@@ -172,14 +179,14 @@ def test_forbidden_tokens_are_impossible_and_the_others_unchanged() -> None:
     expected = logits.clone()
     expected[0, [0, 49]] = -torch.inf
     logits[0, 49] = torch.nan
-    forbid_tokens_(logits, integers([[49, 0, -1, 0], [-1, -1, -1, -1]]))
+    forbid_tokens_(logits, integers([0, 0, 0]), integers([49, 0, 0]))
     assert torch.equal(logits, expected)
 
 
 def test_an_empty_list_or_batch_changes_nothing() -> None:
     logits = torch.ones(2, 5, device=DEVICE)
-    forbid_tokens_(logits, integers([[], []]))
-    add_logit_bias_(logits, integers([[], []]), floats([[], []]))
+    forbid_tokens_(logits, integers([]), integers([]))
+    add_logit_bias_(logits, integers([]), integers([]), floats([]))
     assert (logits == 1).all()
     nothing = floats([])
     apply_penalties_(logits[:0], allocate_tables(1, 5, DEVICE), integers([]), nothing, nothing, nothing)
@@ -196,9 +203,9 @@ def test_rejects_arguments_of_other_shapes_and_types() -> None:
     with pytest.raises(ValueError, match="token_ids"):
         add_output_tokens(tables, integers([0, 1]), integers([0, 1]))
     with pytest.raises(ValueError, match="bias"):
-        add_logit_bias_(logits, integers([[1], [2]]), ones)
+        add_logit_bias_(logits, integers([0]), integers([1]), ones)
     with pytest.raises(ValueError, match="token_ids"):
-        forbid_tokens_(logits, integers([[1]]))
+        forbid_tokens_(logits, integers([0]), integers([1], torch.int64))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -115,16 +115,13 @@ def test_equals_reference(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("use_pdl", [False, True], ids=["plain", "pdl"])
 @pytest.mark.parametrize("is_gated", [False, True], ids=["one", "gated"])
 @pytest.mark.parametrize("num_tokens", [1, 4, 16, 64])
-def test_equals_reference_at_a_real_size(num_tokens: int, is_gated: bool, use_pdl: bool) -> None:
-    if use_pdl and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs compute capability 9.0")
+def test_equals_reference_at_a_real_size(num_tokens: int, is_gated: bool) -> None:
     hidden, weight, bias = example(num_tokens, 4096, 14336, torch.bfloat16)
     expected = reference(hidden, weight, bias, is_gated=is_gated)
-    dot = small_m_linear.Launch(64, 128, 4, 4, 4, use_pdl)
-    launches = [dot, gemv.Launch(8, 1024, 4, use_pdl)] if num_tokens <= gemv.MAX_TOKENS else [dot]
+    dot = small_m_linear.Launch(64, 128, 4, 4, 4)
+    launches = [dot, gemv.Launch(8, 1024, 4)] if num_tokens <= gemv.MAX_TOKENS else [dot]
     for launch in launches:
         outputs = [run(launch, hidden, weight, bias, is_gated) for _ in range(20)]
         assert relative_error(outputs[0], expected) < TOLERANCE[torch.bfloat16]

@@ -1,6 +1,6 @@
 """What is known only ever gets newer, whatever order lists, watches and answers come in."""
 
-from octavo_operator.apiserver import DEPLOYMENT, INFERENCE_SERVICE
+from octavo_operator.apiserver import DEPLOYMENT, INFERENCE_SERVICE, POD
 from octavo_operator.objectstore import ObjectStore
 from octavo_operator.observe import Key
 from operator_samples import node_manifest
@@ -59,11 +59,24 @@ def test_a_list_tells_what_the_watch_did_not():
     assert [each["metadata"]["name"] for each in unseen] == ["llama-l4"]
 
 
+def test_other_resources_engines_take_places_once_they_serve():
+    def pod(version, name, owner, status):
+        labels = {"octavo.dev/inference-service": owner, "octavo.dev/node-type": "cpu"}
+        metadata = {"name": name, "namespace": "ns", "uid": name, "resourceVersion": str(version), "labels": labels}
+        return {"metadata": metadata, "spec": {"nodeName": "n"}, "status": {"conditions": [
+            {"type": "Ready", "status": status}]}}  # fmt: skip
+
+    store = ObjectStore()
+    for version, each in enumerate([("a", "other", "True"), ("b", "other", "False"), ("c", OWNER.name, "True")]):
+        store.put(POD, pod(version, *each))
+    assert store.running(OWNER, "").num_taken == {("n", "cpu"): 1}
+
+
 def test_running_sums_over_all_resources():
     store = ObjectStore()
     store.put(DEPLOYMENT, deployment(1))
     store.put(DEPLOYMENT, deployment(2, "other-cpu", "e", **{"octavo.dev/inference-service": "other"}))
-    running = store.running(OWNER)
+    running = store.running(OWNER, "")
     assert running.node_types == running.serving == frozenset({"cpu"})
     assert running.num_in_use == {"cpu": 4}
 

@@ -1,10 +1,17 @@
 """What the planner chooses, and what it says."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from octavo_engine.capacity import Limits, plan_capacity
-from octavo_operator.observe import ModelGeometry, Running
+from octavo_engine.geometry import geometry_from_config
+from octavo_operator.modelgeometry import read_geometry
+from octavo_operator.nodes import find_node_types
+from octavo_operator.observe import ModelGeometry
+from octavo_operator.placement import price_per_hour
 from octavo_operator.plan import make_plan
+from octavo_operator.profiles import read_profiles
+from octavo_operator.running import Running
 from operator_samples import (
     DEFAULTS,
     LLAMA_8B,
@@ -13,7 +20,9 @@ from operator_samples import (
     cpu_node,
     gh200_node,
     h100_node,
+    hardware_profile,
     l4_node,
+    llama,
     node,
     spec,
 )
@@ -159,6 +168,121 @@ def test_a_replica_more_is_no_new_plan_but_an_edit_of_the_engine_is():
     assert planned(engine={"image": "other"}).hash != base
 
 
+PREFERENCES = {
+    # Of a gh200-96gb, two h100, seven slices of an h100 and four l4, fastest first; the cheapest is l4.
+    "named, evenly": ({"types": ["h100", "l4"]}, 3, {"h100": 2, "l4": 1}),
+    "in the order of the list": ({"types": ["l4", "h100"], "preference": "Listed"}, 5, {"l4": 4, "h100": 1}),
+    "in the other order": ({"types": ["h100", "l4"], "preference": "Listed"}, 5, {"h100": 2, "l4": 3}),
+    "fastest first": ({"preference": "Fastest"}, 4, {"gh200-96gb": 1, "h100": 2, "h100-mig-1g-10gb": 1}),
+    "cheapest first": ({"preference": "Cheapest"}, 5, {"l4": 4, "h100": 1}),
+    "more than there is room for": (
+        {"preference": "Fastest", "exclude": ["h100"]},
+        9,
+        {"gh200-96gb": 5, "l4": 4},
+    ),
+    "past slices": (
+        {"preference": "Fastest", "exclude": ["gh200-96gb"]},
+        12,
+        {"h100": 2, "h100-mig-1g-10gb": 7, "l4": 3},
+    ),
+    "none asked for": ({}, 3, {"gh200-96gb": 3}),
+    "a slice by its own name": ({"types": ["h100-mig-1g-10gb"]}, 1, {"h100-mig-1g-10gb": 1}),
+}
+SLICED = node("mig", product="NVIDIA-H100-80GB-HBM3-MIG-1g.10gb", memory_mib=9_984, compute="9.0", gpus=7)
+MIXED = (l4_node(gpus=4), h100_node(gpus=2), gh200_node(), SLICED)
+# Price of an hour: the L4 is slower by 13x and cheaper by 20x.
+PRICES, _ = read_profiles(
+    [hardware_profile("l4", pricePerHour="0.20"), hardware_profile("h100", pricePerHour="4"),
+     hardware_profile("gh200-96gb", pricePerHour="8.50")]
+)  # fmt: skip
+SMALL = {"engine": {"quantization": "int8", "maxModelLen": 2048, "maxNumSeqs": 8}}
+TINY = ModelGeometry(geometry=llama(num_layers=8, hidden_size=2048))
+
+
+@pytest.mark.parametrize("case", PREFERENCES)
+def test_shares_replicas_by_preference(case):
+    hardware, replicas, expected = PREFERENCES[case]
+    fields = {"hardware": hardware, "scaling": {"replicas": replicas}, **SMALL}
+    made = make_plan(spec(**fields), list(MIXED), TINY, DEFAULTS, table=PRICES)
+    assert types_of(made) == expected
+    assert all(each.why for each in made.variants)
+
+
+def test_devices_on_which_other_models_serve_are_no_room():
+    nodes = [h100_node("h", gpus=2), l4_node("l", gpus=4)]
+    taken = Running(num_in_use={"h100": 2}, num_taken={("h", "h100"): 2})
+    made = planned(TINY, nodes, taken, **SMALL)
+    assert types_of(made) == {"l4": 1}
+    assert rejected(made)["h100"] == "fits, but other models serve on all of its devices"
+    waiting = Running(num_in_use={"h100": 2})
+    assert types_of(planned(TINY, nodes, waiting, **SMALL)) == {"h100": 1}
+    elsewhere = Running(num_taken={("another", "h100"): 2})
+    assert types_of(planned(TINY, nodes, elsewhere, **SMALL)) == {"h100": 1}
+    half = Running(num_taken={("h", "h100"): 1})
+    fields = {"hardware": {"types": ["h100", "l4"], "preference": "Listed"}, "scaling": {"replicas": 3}, **SMALL}
+    assert types_of(planned(TINY, nodes, half, **fields)) == {"h100": 1, "l4": 2}
+    everything = Running(num_taken={("h", "h100"): 2, ("l", "l4"): 4})
+    assert types_of(planned(TINY, nodes, everything, **SMALL)) == {"h100": 1}
+
+
+def test_says_the_price_that_decided():
+    made = make_plan(spec(hardware={"preference": "Cheapest"}, **SMALL), list(MIXED), TINY, DEFAULTS, table=PRICES)
+    assert "0.20 an hour" in made.variants[0].why
+    assert "hardware.preference Cheapest puts l4 first (0.20 an hour)" in rejected(made)["h100"]
+
+
+def test_without_prices_the_cheapest_is_the_fastest_and_says_so():
+    made = make_plan(spec(hardware={"preference": "Cheapest"}, **SMALL), list(MIXED), TINY, DEFAULTS)
+    assert types_of(made) == {"gh200-96gb": 1}
+    assert "no HardwareProfile states its price" in made.variants[0].why
+
+
+def test_a_share_of_a_device_costs_its_part():
+    shared = node("s", product="NVIDIA-L4-SHARED", memory_mib=23_034, compute="8.9", gpus=4,
+                  labels={"nvidia.com/gpu.replicas": "4"})  # fmt: skip
+    (found,) = find_node_types([shared], table=PRICES).types
+    assert price_per_hour(found, PRICES) == pytest.approx(0.05)
+
+
+def test_a_sharer_is_told_its_part_of_the_memory():
+    shared = node("s", product="NVIDIA-H100-80GB-HBM3-SHARED", memory_mib=81_559, compute="9.0", gpus=2,
+                  labels={"nvidia.com/gpu.replicas": "2"})  # fmt: skip
+    (variant,) = make_plan(spec(), [shared], LLAMA_8B, DEFAULTS).variants
+    assert variant.config.memory_gib == pytest.approx((81_559 // 2) / 1024)
+    assert variant.capacity.total_bytes < (81_559 // 2) << 20
+    (whole,) = make_plan(spec(), [h100_node()], LLAMA_8B, DEFAULTS).variants
+    assert whole.config.memory_gib is None
+
+
+def test_a_name_that_means_nothing_is_told_with_what_would():
+    made = planned(hardware={"types": ["h300", "l4"]}, **SMALL)
+    assert types_of(made) == {"l4": 1}
+    assert "no row of the hardware table: cpu, l4, " in rejected(made)["h300"]
+
+
+def test_only_old_drivers_say_so_and_a_users_own_image_may_have_them():
+    old = [h100_node(driver=550)]
+    made = planned(nodes=old)
+    assert made.problem is not None
+    assert made.problem.reason == "NoFittingHardware"
+    assert "its NVIDIA driver 550 is too old: the engine's image brings CUDA 13" in made.problem.message
+    assert types_of(planned(nodes=old, engine={"image": "my/engine:cuda12"})) == {"h100": 1}
+
+
+def test_gh200_and_b200_differ_in_image_architecture_kernels_and_limits_for_stated_reasons():
+    b200 = node("b200", product="NVIDIA-B200", memory_mib=183_359, compute="10.0", gpus=8, driver=580)
+    fields = {"hardware": {"types": ["gh200-96gb", "b200"]}, "scaling": {"replicas": 2}}
+    made = make_plan(spec(**fields), [gh200_node(driver=580), b200], LLAMA_8B, DEFAULTS)
+    by_name = {each.node_type.name: each for each in made.variants}
+    gh200, b200 = by_name["gh200-96gb"], by_name["b200"]
+    assert (gh200.node_type.arch, b200.node_type.arch) == ("arm64", "amd64")
+    variants = (gh200.node_type.hardware.kernel_variant, b200.node_type.hardware.kernel_variant)
+    assert variants == ("grace-hopper", "blackwell")
+    assert gh200.capacity.num_kv_blocks < b200.capacity.num_kv_blocks
+    assert gh200.capacity.predicted_decode_ms != b200.capacity.predicted_decode_ms
+    assert all("hardware.types names it" in each.why for each in made.variants)
+
+
 node_sets = st.lists(
     st.sampled_from([cpu_node, l4_node, h100_node, gh200_node]).flatmap(
         lambda make: st.builds(
@@ -199,3 +323,30 @@ def test_a_plan_is_complete_and_repeatable(nodes, model, replicas, named):
             assert each.node_type.name in named
     assert all(each.why for each in made.rejected)
     assert explained or not nodes
+
+
+QWEN3_MOE = geometry_from_config(
+    {
+        "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960, "num_experts": 128,
+        "num_experts_per_tok": 8, "dtype": "bfloat16",
+    }
+)  # fmt: skip
+
+
+def test_a_model_that_no_engine_runs_is_planned_all_the_same_to_show_its_memory():
+    model = read_geometry(lambda address: QWEN3_MOE, "hf://Qwen/Qwen3-30B-A3B")
+    made = planned(model, nodes=[cpu_node(memory="64Gi"), l4_node(gpus=8), h100_node()])
+    assert made.problem.reason == "ModelNotSupported"
+    assert made.problem.message.startswith("the architecture Qwen3MoeForCausalLM is not supported; supported: Falcon")
+    assert rejected(made)["h100"].startswith("it would fit on one GPU: 56.9 GiB of weights, and KV cache for ")
+    assert rejected(made)["l4"].startswith("it would fit on 4 GPUs of a node: 14.2 GiB of weights in each")
+    assert rejected(made)["cpu"].startswith("Qwen3MoeForCausalLM in float32 needs ")
+
+
+def test_says_how_many_gpus_would_hold_a_model_that_one_does_not():
+    made = planned(LLAMA_70B, [l4_node(gpus=1), h100_node(gpus=8)])
+    assert made.problem.reason == "ModelDoesNotFit"
+    assert rejected(made)["h100"].endswith("; it would fit on 2 GPUs of a node, but an engine uses one GPU")
+    assert rejected(made)["l4"].endswith("; it would fit on 9 GPUs, 1 in each of 9 nodes, but an engine uses one GPU")

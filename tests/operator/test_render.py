@@ -2,15 +2,31 @@
 
 import random
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from octavo_engine.config import load_config
+from octavo_operator.children import Owner
+from octavo_operator.claims import observe_slice
+from octavo_operator.merge import differs, merge
 from octavo_operator.observe import Key
 from octavo_operator.plan import make_plan
-from octavo_operator.render import MANIFEST_HASH, Owner, differs, merge, remembered_geometry, render
-from operator_samples import DEFAULTS, LLAMA_8B, UNKNOWN, cpu_node, gh200_node, h100_node, spec
+from octavo_operator.render import MANIFEST_HASH, remembered_geometry, render
+from operator_samples import (
+    DEFAULTS,
+    LLAMA_8B,
+    UNKNOWN,
+    cpu_node,
+    gh200_node,
+    gpu_device,
+    h100_node,
+    node,
+    resource_slice,
+    spec,
+)
 
 OWNER = Owner(Key("models", "llama"), "uid-1")
 
@@ -92,6 +108,92 @@ def test_gpu_pods_are_pinned_to_the_product_and_the_architecture():
     ]}]  # fmt: skip
     assert container_of(objects)["resources"]["limits"] == {"nvidia.com/gpu": "1"}
     assert pod_of(objects)["spec"]["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists"}]
+
+
+def node_terms(objects):
+    affinity = pod_of(objects)["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    (term,) = affinity["nodeSelectorTerms"]
+    return {each["key"]: (each["operator"], each.get("values")) for each in term["matchExpressions"]}
+
+
+def test_where_nodes_tell_their_driver_a_sufficient_one_is_demanded():
+    terms = node_terms(rendered([h100_node(driver=580), h100_node("old", driver=550)]))
+    assert terms["nvidia.com/cuda.driver.major"] == ("Gt", ["579"])
+    assert "nvidia.com/cuda.driver.major" not in node_terms(rendered([h100_node()]))
+
+
+def test_old_and_new_spellings_of_one_product_are_one_type():
+    old = node("old", product="A100-SXM4-40GB", memory_mib=40_960, compute="8.0", gpus=8)
+    new = node("new", product="NVIDIA-A100-SXM4-40GB", memory_mib=40_960, compute="8.0", gpus=8)
+    terms = node_terms(rendered([old, new]))
+    assert terms["nvidia.com/gpu.product"] == ("In", ["A100-SXM4-40GB", "NVIDIA-A100-SXM4-40GB"])
+
+
+def test_a_mig_slice_is_asked_for_by_its_own_resource():
+    sliced = node("n", product="NVIDIA-H100-80GB-HBM3", memory_mib=81_559, compute="9.0",
+                  resources={"nvidia.com/mig-3g.40gb": "2"},
+                  labels={"nvidia.com/mig-3g.40gb.memory": "40448"})  # fmt: skip
+    objects = rendered([sliced])
+    assert container_of(objects)["resources"]["limits"] == {"nvidia.com/mig-3g.40gb": "1"}
+    assert node_terms(objects)["nvidia.com/gpu.product"] == ("In", ["NVIDIA-H100-80GB-HBM3"])
+    assert objects[-1]["metadata"]["name"] == "llama-h100-mig-3g-40gb"
+
+
+def test_devices_that_only_dra_offers_are_claimed():
+    _, devices = observe_slice(resource_slice("n", gpu_device("gpu-0", "NVIDIA H100 80GB HBM3", "9.0", 81_559)))
+    objects = rendered([replace(node("n"), claimable=devices)])
+    assert [each["kind"] for each in objects] == [
+        "ServiceAccount", "ConfigMap", "ResourceClaimTemplate", "Service", "Deployment",
+    ]  # fmt: skip
+    template = objects[2]
+    (request,) = template["spec"]["spec"]["devices"]["requests"]
+    assert request == {
+        "name": "gpu",
+        "exactly": {
+            "deviceClassName": "gpu.nvidia.com",
+            "selectors": [{"cel": {"expression":
+                           "device.attributes['gpu.nvidia.com'].productName == 'NVIDIA H100 80GB HBM3'"}}],
+            "allocationMode": "ExactCount",
+            "count": 1,
+        },
+    }  # fmt: skip
+    pod = pod_of(objects)["spec"]
+    assert pod["resourceClaims"] == [{"name": "gpu", "resourceClaimTemplateName": template["metadata"]["name"]}]
+    resources = container_of(objects)["resources"]
+    assert resources["claims"] == [{"name": "gpu"}]
+    assert "limits" not in resources
+    assert set(resources["requests"]) == {"cpu", "memory"}
+    assert list(node_terms(objects)) == ["kubernetes.io/arch"]
+
+
+def test_each_variant_starts_with_its_own_kernels_limits_and_architecture():
+    """GH200 is Hopper beside a Grace CPU, B200 is Blackwell beside an x86 one: nothing of the one is right there."""
+    b200 = node("b", product="NVIDIA-B200", memory_mib=183_359, compute="10.0", gpus=8, driver=580)
+    fields = {"hardware": {"types": ["gh200-96gb", "b200"]}, "scaling": {"replicas": 2},
+              "scheduling": {"runtimeClassName": "nvidia"}}  # fmt: skip
+    objects = rendered([gh200_node(), b200], **fields)
+    configs = {
+        each["metadata"]["labels"]["octavo.dev/node-type"]: yaml.safe_load(each["data"]["engine.yaml"])
+        for each in objects
+        if each["kind"] == "ConfigMap"
+    }
+    assert {name: each["kernel_variant"] for name, each in configs.items()} == {
+        "gh200-96gb": "grace-hopper", "b200": "blackwell",
+    }  # fmt: skip
+    pods = {
+        each["metadata"]["labels"]["octavo.dev/node-type"]: each["spec"]["template"]["spec"]
+        for each in objects
+        if each["kind"] == "Deployment"
+    }
+    for name, arch in (("gh200-96gb", "arm64"), ("b200", "amd64")):
+        required = pods[name]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        (term,) = required["nodeSelectorTerms"]
+        assert {"key": "kubernetes.io/arch", "operator": "In", "values": [arch]} in term["matchExpressions"]
+        assert pods[name]["runtimeClassName"] == "nvidia"
+        assert {"name": "shm", "emptyDir": {"medium": "Memory"}} in pods[name]["volumes"]
+        assert {"key": "nvidia.com/gpu", "operator": "Exists"} in pods[name]["tolerations"]
+    (service,) = [each for each in objects if each["kind"] == "Service"]
+    assert "octavo.dev/node-type" not in service["spec"]["selector"]
 
 
 def test_cpu_pods_stay_off_gpu_nodes():

@@ -1,5 +1,6 @@
 """Brings up an engine in this process, runs workloads through it, and says how near each came to its lower bound."""
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -14,7 +15,7 @@ from octavo_engine.bench.offline import OfflinePlan, OfflineResult, measure_work
 from octavo_engine.bench.roofline import ModelWork, Rates, model_work
 from octavo_engine.bench.step_profile import StepProfile, profile_steps
 from octavo_engine.bench.workloads import Workload, make_requests
-from octavo_engine.capacity import activation_dtype
+from octavo_engine.capacity import activation_dtype, resolve_kv_cache_dtype
 from octavo_engine.config import EngineConfig
 from octavo_engine.core import EngineCore
 from octavo_engine.device import Device, open_device, resolve_dtype
@@ -62,6 +63,9 @@ def run_session(
     if rates is None:
         rates = _measure_rates(device, dtype)
     core = EngineCore(config, lambda phase: None)
+    # As an engine process does: what is here now stays, and need not be searched while a workload runs.
+    gc.collect()
+    gc.freeze()
     work = _work(model, config, device, dtype)
     engine = _describe_engine(core, config, device, dtype)
     for workload in workloads:
@@ -88,13 +92,10 @@ def _measure_rates(device: Device, dtype: str) -> Rates:
 
 
 def _work(model: BenchModel, config: EngineConfig, device: Device, dtype: str) -> ModelWork:
-    default = activation_dtype(dtype, device.hardware)
-    kv_cache_dtype = default if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     return model_work(
         model.geometry,
-        model.config,
         dtype=dtype,
-        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_dtype=resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, device.hardware),
         quantization=config.quantization,
     )
 

@@ -5,15 +5,14 @@ rate; scheduling, launches, norms and sampling are free, all requests decode tog
 once. Every layer attends to the whole context: a sliding window would lower the bound. Torch-free, pure arithmetic.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from octavo_engine.errors import ConfigError
-from octavo_engine.geometry import DTYPE_BYTES, Geometry
+from octavo_engine.geometry import DTYPE_BYTES, Experts, Geometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,25 +24,12 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
-    """A mixture of experts: how many there are in a layer, how many a token uses, weights of one over all layers."""
-
-    num_experts: int
-    num_experts_per_token: int
-    num_parameters: int
-
-    def num_touched(self, num_tokens: float) -> float:
-        """Experts of a layer that `num_tokens` touch together, expected, if each token chooses independently."""
-        missed: float = (1 - self.num_experts_per_token / self.num_experts) ** num_tokens
-        return self.num_experts * (1 - missed)
-
-
-@dataclass(frozen=True, slots=True)
 class ModelWork:
     """What a model reads and multiplies.
 
     num_layer_parameters:  weights that every token is multiplied with, over all layers; experts are apart
     num_output_parameters: weights of the output layer, which works on a sequence's last token only
+    num_expert_parameters: weights of all `experts`, of which a token is multiplied with some
     pair_flops:            operations for one pair of query and key (scores and values), over all layers
     kv_bytes_per_token:    keys and values of one token, over all layers
     """
@@ -54,20 +40,21 @@ class ModelWork:
     kv_bytes_per_token: int
     layer_itemsize: int
     output_itemsize: int
+    num_expert_parameters: int = 0
     experts: Experts | None = None
 
-    def weight_bytes(self, num_tokens: float) -> float:
+    def weight_bytes(self, num_tokens: int) -> float:
         """Weights that a step with `num_tokens` reads; the embedding's table is looked up, not read."""
         layers: float = self.num_layer_parameters
         if self.experts:
-            layers += self.experts.num_touched(num_tokens) * self.experts.num_parameters
+            layers += self.experts.touched_share(num_tokens) * self.num_expert_parameters
         return layers * self.layer_itemsize + self.num_output_parameters * self.output_itemsize
 
     def linear_flops(self, num_tokens: int, num_logits: int) -> float:
         """Operations of all linear layers."""
-        layers = self.num_layer_parameters
+        layers: float = self.num_layer_parameters
         if self.experts:
-            layers += self.experts.num_experts_per_token * self.experts.num_parameters
+            layers += self.experts.num_experts_per_token / self.experts.num_experts * self.num_expert_parameters
         return 2.0 * (layers * num_tokens + self.num_output_parameters * num_logits)
 
 
@@ -96,41 +83,23 @@ class Floors:
     prefill_s: float
 
 
-def model_work(
-    geometry: Geometry, config: Mapping[str, Any], *, dtype: str, kv_cache_dtype: str, quantization: str = "none"
-) -> ModelWork:
-    """The work of a model. config: the fields of its config.json, which say whether its layers hold experts.
+def model_work(geometry: Geometry, *, dtype: str, kv_cache_dtype: str, quantization: str = "none") -> ModelWork:
+    """The work of a model, from the numbers that the capacity plan uses.
 
     dtype: of weights and output layer. kv_cache_dtype: of keys and values. quantization: none, or a type of one byte.
     """
-    experts = _experts(geometry, config)
+    experts = geometry.experts
+    routers = experts.num_layers * experts.num_experts * geometry.hidden_size if experts else 0
     return ModelWork(
-        num_layer_parameters=_num_common_parameters(geometry, experts),
+        num_layer_parameters=geometry.num_linear_parameters - geometry.num_expert_parameters + routers,
         num_output_parameters=geometry.vocab_size * geometry.hidden_size,
-        pair_flops=4 * geometry.num_layers * geometry.num_heads * geometry.head_dim,
+        pair_flops=geometry.pair_flops,
         kv_bytes_per_token=geometry.kv_bytes_per_token(kv_cache_dtype),
         layer_itemsize=DTYPE_BYTES[dtype] if quantization == "none" else 1,
         output_itemsize=DTYPE_BYTES[dtype],
+        num_expert_parameters=geometry.num_expert_parameters,
         experts=experts,
     )
-
-
-def _experts(geometry: Geometry, config: Mapping[str, Any]) -> Experts | None:
-    """The experts that every layer holds (Qwen3-MoE, Mixtral); None for a dense model."""
-    count = config.get("num_experts") or config.get("num_local_experts")
-    if not count:
-        return None
-    width = int(config.get("moe_intermediate_size") or config["intermediate_size"])
-    num_parameters = 3 * geometry.num_layers * geometry.hidden_size * width
-    return Experts(int(count), int(config["num_experts_per_tok"]), num_parameters)
-
-
-def _num_common_parameters(geometry: Geometry, experts: Experts | None) -> int:
-    """Attention and MLP of a dense model; attention and the router of a mixture of experts."""
-    if experts is None:
-        return geometry.num_linear_parameters
-    heads = 2 * (geometry.num_heads + geometry.num_kv_heads) * geometry.head_dim
-    return geometry.num_layers * geometry.hidden_size * (heads + experts.num_experts)
 
 
 def floors(work: ModelWork, load: Load, rates: Rates) -> Floors:

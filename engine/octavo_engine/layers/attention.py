@@ -18,6 +18,7 @@ class Attention(Layer):
     is_fused:       the checkpoint keeps queries, keys and values in one tensor, head by head
     qk_norm_eps:    of the heads' normalisation, where the geometry has it
     alibi_slopes:   [num_heads] float32, what a head adds to its scores for each token of distance
+    k_scale, v_scale: what keys and values are divided by in an 8-bit cache
     """
 
     alibi_slopes: torch.Tensor | None
@@ -35,6 +36,7 @@ class Attention(Layer):
         self.num_heads, self.num_kv_heads, self.head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
         self.scale = self.head_dim**-0.5
         self.sliding_window, self.qk_norm_eps = sliding_window, qk_norm_eps
+        self.k_scale = self.v_scale = 1.0
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         parts, fused = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}, None
         if is_fused:
@@ -49,14 +51,20 @@ class Attention(Layer):
         """[num_tokens, hidden_size] -> the same; the step's keys and values land in the cache."""
         heads = self.qkv_proj(hidden).view(len(hidden), -1, self.head_dim)
         cos, sin = step.rotary or (None, None)
+        # Wider caches hold keys and values as they are, whatever the checkpoint was calibrated for.
+        is_8_bit = kv_cache_layer.dtype.itemsize == 1
+        k_scale, v_scale = (self.k_scale, self.v_scale) if is_8_bit else (1.0, 1.0)
         rotate_and_write_kv(
             heads, self.num_heads, self.num_kv_heads, cos, sin, kv_cache_layer, step.kv_rows,
             q_norm_weight=self.q_norm.weight if self.q_norm else None,
             k_norm_weight=self.k_norm.weight if self.k_norm else None,
-            eps=self.qk_norm_eps,
+            eps=self.qk_norm_eps, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
-        query = heads[:, : self.num_heads]
+        query, key, value = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         plan = step.plans[self.sliding_window]
-        attended = run_attention(query, kv_cache_layer, plan, scale=self.scale, alibi_slopes=self.alibi_slopes)
+        attended = run_attention(
+            query, kv_cache_layer, plan, scale=self.scale, alibi_slopes=self.alibi_slopes,
+            k_scale=k_scale, v_scale=v_scale, new_kv=(key, value),
+        )  # fmt: skip
         output: torch.Tensor = self.o_proj(attended.reshape(len(hidden), -1))
         return output

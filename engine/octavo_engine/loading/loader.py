@@ -18,6 +18,7 @@ from octavo_engine.layers.linear import FusedHeads, Linear
 from octavo_engine.layers.norm import Norm
 from octavo_engine.loading.dummy_weights import fill_dummy_parameters
 from octavo_engine.loading.gguf_weights import GgufWeights
+from octavo_engine.loading.kv_scales import take_kv_scale
 from octavo_engine.loading.model_config import config_from_gguf, read_model_config
 from octavo_engine.loading.safetensors_weights import SafetensorsWeights
 from octavo_engine.loading.weight_source import StoredTensor, WeightSource
@@ -131,7 +132,7 @@ def fill_parameters(
         if name in missing:
             _fill(slots[name], stored, dtype, device)
             missing.remove(name)
-        elif not _is_dispensable(stored.name, name, model.geometry):
+        elif not take_kv_scale(model, name, stored) and not _is_dispensable(stored.name, name, model.geometry):
             unexpected.append(stored.name)
         num_read += stored.num_bytes
         on_progress(min(num_read / num_bytes, 1.0), stored.name)

@@ -93,6 +93,11 @@ class ModelRegistry:
 
         return decorate
 
+    @property
+    def architectures(self) -> frozenset[str]:
+        """Those that have a class."""
+        return frozenset(self._classes)
+
     def find(self, architecture: str) -> type[Model]:
         """The class for an architecture. Raises UnsupportedModelError that lists what is known."""
         if architecture not in self._classes:

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from typing import Self
 
 from octavo_engine.errors import UnsupportedModelError
-from octavo_engine.geometry import Geometry
+from octavo_engine.geometry import Geometry, layer_windows
 from octavo_engine.layers.attention import Attention
 from octavo_engine.layers.decoder import Decoder, SequentialLayer
 from octavo_engine.layers.mlp import GatedMlp
 from octavo_engine.layers.norm import RmsNorm
 from octavo_engine.layers.rope_config import read_rope_config
 from octavo_engine.layers.rotary import RotaryEmbedding
-from octavo_engine.layers.window_config import read_windows
 from octavo_engine.models import Model, register_model
 
 
@@ -39,6 +38,7 @@ class Llama(Model):
                 GatedMlp(geometry.hidden_size, geometry.intermediate_size, bias=geometry.has_mlp_bias),
             )
 
-        layers = [make_layer(window) for window in read_windows(config, geometry)]
+        windows = layer_windows(config, geometry.sliding_window, geometry.num_layers)
+        layers = [make_layer(window) for window in windows]
         rotary = RotaryEmbedding(read_rope_config(config, geometry.head_dim), max_model_len)
         return cls(geometry, Decoder(geometry, layers, RmsNorm(geometry.hidden_size, eps), rotary))

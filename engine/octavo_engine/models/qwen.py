@@ -7,12 +7,9 @@ the fields of their configurations.
 from collections.abc import Mapping
 from typing import Self
 
-from octavo_engine.geometry import Geometry
+from octavo_engine.geometry import MAX_WINDOW_LAYERS, Geometry
 from octavo_engine.models import register_model
 from octavo_engine.models.llama import Llama
-
-# The configurations' default for the first layer with a sliding window, if there is one.
-MAX_WINDOW_LAYERS = 28
 
 
 @register_model("Qwen2ForCausalLM", "Qwen3ForCausalLM")

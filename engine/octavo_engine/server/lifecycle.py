@@ -142,7 +142,10 @@ class _Life:
         # What start-up made lives as long as the process: later collections need not look at it.
         gc.collect()
         gc.freeze()
-        logger.info("model=%s is ready after %.1f s", self._config.model_name, self._engine.startup_elapsed_s())
+        phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._engine.phase_seconds().items())
+        logger.info(
+            "model=%s is ready after %.1f s (%s)", self._config.model_name, self._engine.startup_elapsed_s(), phases
+        )
 
     async def _mourn(self) -> int:
         """The engine is dead: let every request have its answer, and say why."""

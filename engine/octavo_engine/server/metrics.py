@@ -17,6 +17,10 @@ from octavo_engine.async_engine import AsyncEngine, FinishedSequence
 from octavo_engine.protocol import EngineStats
 
 LABEL: Final = "model_name"
+QUEUE_BUCKETS: Final = (
+    0.001, 0.005, 0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0,
+    120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
+)  # fmt: skip
 TTFT_BUCKETS: Final = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
     160.0, 640.0, 2560.0,
@@ -75,6 +79,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self._histograms: list[Histogram] = []
+        self._queue = self._histogram("request_queue_time_seconds", "From arrival to the first step.", QUEUE_BUCKETS)
         self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to first token.", TTFT_BUCKETS)
         self._itl = self._histogram("inter_token_latency_seconds", "Between two tokens.", TOKEN_TIME_BUCKETS)
         self._tpot = self._histogram(
@@ -98,6 +103,10 @@ class Metrics:
     def watch(self, engine: AsyncEngine) -> None:
         """Read this engine's statistics at each scrape."""
         self.registry.register(_EngineCollector(engine, self._model_name))
+
+    def observe_queue_time(self, seconds: float) -> None:
+        """The time from a request's arrival to its first step."""
+        self._queue.observe(seconds)
 
     def observe_first_token(self, seconds: float) -> None:
         """The time from a request's arrival to its first token."""
@@ -203,3 +212,5 @@ class _EngineCollector(Collector):
         if self._engine.ready_after_s is not None:
             seconds = [((), self._engine.ready_after_s)]
             yield self._gauge("octavo_startup_seconds", "From the start to readiness.", [], seconds)
+            phases = [((name,), seconds) for name, seconds in self._engine.phase_seconds().items()]
+            yield self._gauge("octavo_startup_phase_seconds", "Phases of the start.", ["phase"], phases)

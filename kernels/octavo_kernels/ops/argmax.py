@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from octavo_kernels.launch import VARIANTS, CompileExample, variant_of
+from octavo_kernels.pdl import PDL_VARIANTS, begin, pdl_options
 
 # Programs of a launch that keep every GPU busy, several waves of them so that the last, partial one costs little.
 _NUM_PROGRAMS: Final = 8192
@@ -66,6 +67,7 @@ def argmax_rows(logits: torch.Tensor) -> torch.Tensor:
             BLOCK=launch.block_size,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
+            **pdl_options(logits.device),
         )
     return tokens_of_best_keys(keys)
 
@@ -91,7 +93,9 @@ def tokens_of_best_keys(keys: torch.Tensor) -> torch.Tensor:
     """The token in the largest key (see `pack_keys`) of each row. keys: [num_rows, num_splits] int64, contiguous."""
     tokens = torch.empty(keys.shape[0], dtype=torch.int64, device=keys.device)
     if keys.shape[0]:
-        _best_key_kernel[(keys.shape[0],)](keys, tokens, keys.shape[1], BLOCK=_REDUCE_BLOCK, num_warps=1, num_stages=1)
+        _best_key_kernel[(keys.shape[0],)](
+            keys, tokens, keys.shape[1], BLOCK=_REDUCE_BLOCK, num_warps=1, num_stages=1, **pdl_options(keys.device)
+        )
     return tokens
 
 
@@ -124,8 +128,11 @@ def pack_keys(scores, tokens):
 
 
 @triton.jit(do_not_specialize=["tiles_per_split"])
-def _argmax_kernel(logits_ptr, row_stride, keys_ptr, vocab_size, tiles_per_split, BLOCK: tl.constexpr):
+def _argmax_kernel(
+    logits_ptr, row_stride, keys_ptr, vocab_size, tiles_per_split, BLOCK: tl.constexpr, USE_PDL: tl.constexpr
+):
     """Grid: one program per (row, split)."""
+    begin(USE_PDL)
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     first_tile = split * tiles_per_split
@@ -143,8 +150,9 @@ def _argmax_kernel(logits_ptr, row_stride, keys_ptr, vocab_size, tiles_per_split
 
 
 @triton.jit(do_not_specialize=["num_splits"])
-def _best_key_kernel(keys_ptr, tokens_ptr, num_splits, BLOCK: tl.constexpr):
+def _best_key_kernel(keys_ptr, tokens_ptr, num_splits, BLOCK: tl.constexpr, USE_PDL: tl.constexpr):
     """Grid: one program per row."""
+    begin(USE_PDL)
     row = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, BLOCK)
     best_keys = tl.full([BLOCK], -0x8000000000000000, tl.int64)  # [BLOCK]
@@ -170,7 +178,7 @@ def compile_examples(variant: str) -> list[CompileExample]:
             name=f"argmax_rows {dtype}",
             function=_argmax_kernel,
             signature={"logits_ptr": f"*{dtype}", "keys_ptr": "*i64", **integers},
-            constexprs={"BLOCK": launch.block_size},
+            constexprs={"BLOCK": launch.block_size, "USE_PDL": variant in PDL_VARIANTS},
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
@@ -180,7 +188,7 @@ def compile_examples(variant: str) -> list[CompileExample]:
         name="argmax_rows best key",
         function=_best_key_kernel,
         signature={"keys_ptr": "*i64", "tokens_ptr": "*i64", "num_splits": "i32"},
-        constexprs={"BLOCK": _REDUCE_BLOCK},
+        constexprs={"BLOCK": _REDUCE_BLOCK, "USE_PDL": variant in PDL_VARIANTS},
         num_warps=1,
         num_stages=1,
     )

@@ -12,13 +12,15 @@ class AttentionMetadata:
     """One step's batch, requests in order: first those with one query token (decodes), then the longer chunks.
 
     block_tables:    [num_seqs, max_blocks] int64 or int32, block ids; entries past a request's length are 0
-    seq_lens:        [num_seqs] int64 or int32, tokens of context including this step's; 0 = padding of a decode batch,
-                     whose output is finite and means nothing
+    seq_lens:        [num_seqs] int64 or int32, tokens of context including this step's. 0 = padding of a decode batch,
+                     whose output is finite and means nothing; -1 = no decode, the row may be a chunk's
     query_start_loc: [num_seqs + 1] int64 or int32, first row of each request in the flattened tokens
     slot_mapping:    [num_tokens] int64, block_id * block_size + offset; -1 = padding, skipped
     num_decodes:     requests at the front that have exactly one query token
     query_lens, context_lens: the same as host integers, so that no kernel choice waits for the device; on a GPU only
                      the query lengths of the chunks are read, so that a captured batch of decodes may change
+    max_chunk_tokens: for a captured step, the most tokens that its chunks have together; their lengths are then read on
+                     the device alone, and an empty chunk is none
     """
 
     block_tables: torch.Tensor
@@ -28,6 +30,7 @@ class AttentionMetadata:
     num_decodes: int
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
+    max_chunk_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,5 +56,14 @@ class Scoring:
 class AttentionPlan(Protocol):
     """What one step's attention consists of, for every layer with the window that it was planned for."""
 
-    def run(self, query: torch.Tensor, kv_cache_layer: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-        """Attention of one layer, [num_tokens, num_heads, head_dim] in the query's type."""
+    def run(
+        self,
+        query: torch.Tensor,
+        kv_cache_layer: torch.Tensor,
+        scoring: Scoring,
+        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Attention of one layer, [num_tokens, num_heads, head_dim] in the query's type.
+
+        new_kv: this step's keys and values, both [num_tokens, num_kv_heads, head_dim], which the cache holds, too
+        """

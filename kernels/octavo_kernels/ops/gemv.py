@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo_kernels.launch import VARIANTS, CompileExample
+from octavo_kernels.pdl import PDL_VARIANTS, launch_next, pdl_options, wait_for_previous
 
 MAX_TOKENS = 4
 
@@ -27,14 +27,11 @@ class Launch:
     block_n, block_k: rows of the weight for a program, even, and columns that it takes at a time, both powers of two.
                       A thread keeps block_n * block_k / (32 num_warps) elements in flight while it multiplies as many;
                       with fewer than 16 bytes of each row, the hidden states take a detour through shared memory
-    use_pdl:          start while the kernel before still runs, and read the first tile of the weight meanwhile
-                      (programmatic dependent launch). From compute capability 9.0 on
     """
 
     block_n: int
     block_k: int
     num_warps: int
-    use_pdl: bool = False
 
 
 # Measured choices for each shape of a weight are in `linear_choice`.
@@ -101,11 +98,11 @@ def _gemv_kernel(
 ):
     """One program per BLOCK_N rows of the weight, for all tokens, accumulating in float32.
 
-    The tile after the one being multiplied is already on its way.
+    The tile after the one being multiplied is already on its way, the first one before the kernels ahead have ended. To
+    fetch more of the weight by then, into the L2 cache, takes more from those kernels than it gives.
     """
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
-    if USE_PDL:
-        gdc_launch_dependents()
+    launch_next(USE_PDL)
     block = tl.program_id(0)
     rows = weight_rows(block, out_features, BLOCK_N, IS_GATED)
     columns = tl.arange(0, BLOCK_K)
@@ -114,8 +111,7 @@ def _gemv_kernel(
         weight = tl.load(weight_ptrs, eviction_policy="evict_first")
     else:
         weight = tl.load(weight_ptrs, mask=columns[None, :] < in_features, other=0.0, eviction_policy="evict_first")
-    if USE_PDL:
-        gdc_wait()
+    wait_for_previous(USE_PDL)
     sums = ()
     for _ in tl.static_range(NUM_TOKENS):
         sums = sums + (tl.zeros([BLOCK_N, BLOCK_K // VECTOR], tl.float32),)
@@ -181,10 +177,9 @@ def gemv(
         IS_EVEN_K=in_features % launch.block_k == 0,
         BLOCK_N=launch.block_n,
         BLOCK_K=launch.block_k,
-        USE_PDL=launch.use_pdl,
         num_warps=launch.num_warps,
         num_stages=1,
-        launch_pdl=launch.use_pdl,
+        **pdl_options(hidden.device),
     )
     return output
 
@@ -222,7 +217,7 @@ def compile_examples(variant: str) -> list[CompileExample]:
                 "IS_EVEN_K": True,
                 "BLOCK_N": launch.block_n,
                 "BLOCK_K": launch.block_k,
-                "USE_PDL": launch.use_pdl,
+                "USE_PDL": variant in PDL_VARIANTS,
             },
             num_warps=launch.num_warps,
             num_stages=1,

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from octavo_kernels import linear_choice
 from octavo_kernels.linear_choice import LinearChoices, LinearShape
-from octavo_kernels.ops import gemv, small_m_linear
+from octavo_kernels.ops import cublaslt_linear, gemv, small_m_linear
 from octavo_kernels.ops.silu_and_mul import silu_and_mul
 
 _MAX_WEIGHT = 127
@@ -149,11 +149,22 @@ class GpuLinear:
         return self._run(hidden, launch, is_gated=True)
 
     def _run(
-        self, hidden: torch.Tensor, launch: gemv.Launch | small_m_linear.Launch, *, is_gated: bool
+        self,
+        hidden: torch.Tensor,
+        launch: cublaslt_linear.Launch | gemv.Launch | small_m_linear.Launch,
+        *,
+        is_gated: bool,
     ) -> torch.Tensor:
         if isinstance(launch, gemv.Launch):
             return gemv.gemv(hidden, self.weight, self.bias, launch, is_gated=is_gated)
-        return small_m_linear.small_m_linear(hidden, self.weight, self.bias, launch, self._arrivals, is_gated=is_gated)
+        if isinstance(launch, small_m_linear.Launch):
+            return small_m_linear.small_m_linear(
+                hidden, self.weight, self.bias, launch, self._arrivals, is_gated=is_gated
+            )
+        output = cublaslt_linear.cublaslt_linear(hidden, self.weight, launch)
+        if self.bias is not None:
+            output += self.bias
+        return silu_and_mul(output) if is_gated else output
 
 
 def linear_silu_and_mul(packed: PackedLinear, hidden: torch.Tensor) -> torch.Tensor:

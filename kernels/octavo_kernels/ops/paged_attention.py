@@ -70,9 +70,10 @@ def run_attention(
     softcap: float = 0.0,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """`paged_attention` after `plan_attention`."""
-    return plan.run(query, kv_cache_layer, Scoring(scale, alibi_slopes, softcap, k_scale, v_scale))
+    """`paged_attention` after `plan_attention`. new_kv: as in `AttentionPlan.run`."""
+    return plan.run(query, kv_cache_layer, Scoring(scale, alibi_slopes, softcap, k_scale, v_scale), new_kv)
 
 
 def example_inputs(

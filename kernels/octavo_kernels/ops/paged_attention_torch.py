@@ -66,8 +66,14 @@ class TorchPlan:
     decodes: Decodes | None
     groups: tuple[AttentionGroup, ...]
 
-    def run(self, query: torch.Tensor, kv_cache_layer: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-        """Attention of one layer, [num_tokens, num_heads, head_dim] in the query's type."""
+    def run(
+        self,
+        query: torch.Tensor,
+        kv_cache_layer: torch.Tensor,
+        scoring: Scoring,
+        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """As `AttentionPlan.run`; all keys and values come from the cache."""
         groups, decodes = self.groups, self.decodes
         if decodes and not _is_plain(scoring):
             groups, decodes = decodes.as_groups() + groups, None

@@ -7,22 +7,48 @@ import torch
 from octavo_kernels.ops.attention_metadata import AttentionMetadata, Scoring
 from octavo_kernels.ops.paged_decode import DecodePlan, plan_decodes, run_decodes
 from octavo_kernels.ops.paged_prefill import ChunkPlan, plan_chunks, run_chunks
+from octavo_kernels.ops.prompt_attention import PromptRows, attend_prompt, find_prompts, is_plain
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptPlan:
+    """Prompts that cuDNN takes. rest: what is left of the step's chunks, None for nothing."""
+
+    rows: tuple[PromptRows, ...]
+    rest: ChunkPlan | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TritonPlan:
-    """One step's attention; None for what the step has none of."""
+    """One step's attention; None for what the step has none of.
+
+    prompts:   instead of `chunks`, where they may be
+    is_padded: some rows may belong to no request; they get zeros, which no later kernel stumbles over
+    """
 
     decodes: DecodePlan | None
     chunks: ChunkPlan | None
+    prompts: PromptPlan | None
+    is_padded: bool
 
-    def run(self, query: torch.Tensor, kv_cache_layer: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-        """Attention of one layer, [num_tokens, num_heads, head_dim] in the query's type."""
-        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    def run(
+        self,
+        query: torch.Tensor,
+        kv_cache_layer: torch.Tensor,
+        scoring: Scoring,
+        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """As `AttentionPlan.run`."""
+        output = (torch.zeros if self.is_padded else torch.empty)(query.shape, dtype=query.dtype, device=query.device)
         if self.decodes:
             run_decodes(output, query, kv_cache_layer, self.decodes, scoring)
-        if self.chunks:
-            run_chunks(output, query, kv_cache_layer, self.chunks, scoring)
+        chunks = self.chunks
+        if self.prompts and new_kv and is_plain(scoring):
+            for rows in self.prompts.rows:
+                attend_prompt(output, query, *new_kv, rows, scoring.scale)
+            chunks = self.prompts.rest
+        if chunks:
+            run_chunks(output, query, kv_cache_layer, chunks, scoring)
         return output
 
 
@@ -41,4 +67,18 @@ def plan_triton_attention(
     return TritonPlan(
         plan_decodes(metadata, kv_cache_layer, dtype, sliding_window) if metadata.num_decodes else None,
         plan_chunks(metadata, kv_cache_layer, dtype, sliding_window) if has_chunks else None,
+        _plan_prompts(metadata, kv_cache_layer, dtype) if has_chunks and sliding_window is None else None,
+        is_padded=metadata.max_chunk_tokens is not None,
     )
+
+
+def _plan_prompts(metadata: AttentionMetadata, kv_cache_layer: torch.Tensor, dtype: torch.dtype) -> PromptPlan | None:
+    if metadata.max_chunk_tokens is not None:
+        return None
+    found = find_prompts(kv_cache_layer, dtype, metadata.query_lens, metadata.context_lens)
+    rows = tuple(prompt for prompt in found if prompt)
+    if not rows:
+        return None
+    num_done = [prompt.num_tokens if prompt else 0 for prompt in found[metadata.num_decodes :]]
+    is_all = num_done == list(metadata.query_lens[metadata.num_decodes :])
+    return PromptPlan(rows, None if is_all else plan_chunks(metadata, kv_cache_layer, dtype, num_done=num_done))

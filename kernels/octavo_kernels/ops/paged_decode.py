@@ -29,34 +29,56 @@ from octavo_kernels.ops.paged_tile import (
     score_factors,
     tile_tokens,
 )
+from octavo_kernels.pdl import PDL_VARIANTS, begin, pdl_options
 
 # The planner compares a tile of workers with all requests, of no more elements than registers hold.
 PLANNED_WORKERS, PLANNED_ELEMENTS = 32, 8192
-# Elements of partial results that are combined at a time, of at least so many parts.
-COMBINED_ELEMENTS, MIN_COMBINED_PARTS = 4096, 4
+# Partial results that are combined at a time, at least.
+MIN_COMBINED_PARTS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """tile_bytes: keys of one tile; min_tiles: what a worker gets at least; workers_per_multiprocessor: at once."""
+    """How the contexts are cut.
+
+    tile_bytes:    keys of one tile
+    min_tiles:     what a worker gets at least
+    workers_per_multiprocessor: at once
+    combined_elements: of partial results that are combined at a time
+    """
 
     tile_bytes: int
     min_tiles: int
     workers_per_multiprocessor: int
     num_warps: int
     num_stages: int
+    combined_elements: int = 2048
 
 
 # Shared memory of a worker: 2 * tile_bytes * (num_stages - 1) and little else.
+_SMALL = Launch(8_192, 2, 2, num_warps=4, num_stages=3)
 LAUNCH: Mapping[str, Launch] = {
-    "hopper": Launch(16_384, 2, 2, num_warps=4, num_stages=4),
-    "grace-hopper": Launch(16_384, 2, 2, num_warps=4, num_stages=4),
+    "hopper": _SMALL,
+    "grace-hopper": _SMALL,
     "blackwell": Launch(16_384, 1, 2, num_warps=4, num_stages=4),
-    "blackwell-workstation": Launch(8_192, 2, 2, num_warps=4, num_stages=3),
+    "blackwell-workstation": _SMALL,
     "ampere": Launch(16_384, 1, 2, num_warps=4, num_stages=3),
-    "ada": Launch(8_192, 2, 2, num_warps=4, num_stages=3),
-    "generic": Launch(8_192, 2, 2, num_warps=4, num_stages=3),
+    "ada": _SMALL,
+    "generic": _SMALL,
 }
+# From so many decodes on a worker has several, and each begins with a chain of reads that another worker has to hide.
+MANY_DECODES, MANY_HEAD_DIM = 64, 128
+_HOPPER_MANY = Launch(8_192, 2, 4, num_warps=2, num_stages=4)
+MANY_LAUNCH: Mapping[str, Launch] = {**LAUNCH, "hopper": _HOPPER_MANY, "grace-hopper": _HOPPER_MANY}
+
+
+def launch_for(variant: str, head_dim: int, cache_dtype: torch.dtype, num_decodes: int) -> Launch:
+    """A variant's launch parameters for a batch of this size, whatever the contexts: a captured step serves all.
+
+    Wide heads, and 8-bit ones that are widened, need the registers of all warps.
+    """
+    is_narrow = head_dim <= MANY_HEAD_DIM and cache_dtype.itemsize > 1
+    return (MANY_LAUNCH if num_decodes >= MANY_DECODES and is_narrow else LAUNCH)[variant]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,8 +115,8 @@ def plan_decodes(
     Raises ValueError for a cache or a type that the kernels do not take.
     """
     check_cache(kv_cache_layer, dtype)
-    launch = launch or LAUNCH[variant_of(kv_cache_layer.device)]
     device, num_decodes, num_kv_heads = kv_cache_layer.device, metadata.num_decodes, kv_cache_layer.shape[3]
+    launch = launch or launch_for(variant_of(device), kv_cache_layer.shape[4], kv_cache_layer.dtype, num_decodes)
     num_workers = max(1, num_multiprocessors(device) * launch.workers_per_multiprocessor // num_kv_heads)
     plan = DecodePlan(
         metadata.block_tables[:num_decodes],
@@ -112,6 +134,7 @@ def plan_decodes(
         plan.tile_starts, plan.first_seqs, plan.arrivals, plan.seq_lens,
         num_decodes, num_workers, num_kv_heads, plan.window, launch.min_tiles,
         TILE=plan.tile, BLOCK_SEQS=block_seqs, BLOCK_WORKERS=block_workers, num_warps=4, num_stages=1,
+        **pdl_options(device),
     )  # fmt: skip
     return plan
 
@@ -144,14 +167,17 @@ def run_decodes(
         output.stride(0), query.stride(0), query.stride(1), kv_cache_layer.stride(0), kv_cache_layer.stride(1),
         kv_cache_layer.stride(2), kv_cache_layer.stride(3), plan.block_tables.stride(0),
         len(plan.seq_lens), plan.window, plan.launch.min_tiles, score_scale, softcap, scoring.v_scale,
-        **_constexprs(num_heads // num_kv_heads, head_dim, block_size, plan.tile),
+        **_constexprs(num_heads // num_kv_heads, head_dim, block_size, plan.tile, plan.launch.combined_elements),
         HAS_WINDOW=plan.window > 0, HAS_ALIBI=scoring.alibi_slopes is not None, HAS_SOFTCAP=scoring.softcap > 0,
         num_warps=plan.launch.num_warps, num_stages=plan.launch.num_stages,
+        **pdl_options(query.device),
     )  # fmt: skip
 
 
-def _constexprs(group_size: int, head_dim: int, block_size: int, tile: int) -> dict[str, object]:
-    block_group = min(triton.next_power_of_2(group_size * head_dim), COMBINED_ELEMENTS // MIN_COMBINED_PARTS)
+def _constexprs(
+    group_size: int, head_dim: int, block_size: int, tile: int, combined_elements: int
+) -> dict[str, object]:
+    block_group = min(triton.next_power_of_2(group_size * head_dim), combined_elements // MIN_COMBINED_PARTS)
     return {
         "GROUP_SIZE": group_size,
         "HEAD_DIM": head_dim,
@@ -160,7 +186,7 @@ def _constexprs(group_size: int, head_dim: int, block_size: int, tile: int) -> d
         "BLOCK_M": max(16, triton.next_power_of_2(group_size)),
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK_GROUP": block_group,
-        "BLOCK_PARTS": COMBINED_ELEMENTS // block_group,
+        "BLOCK_PARTS": combined_elements // block_group,
     }
 
 
@@ -175,21 +201,25 @@ def _tiles_per_worker(num_tiles, num_workers, min_tiles):
     return tl.maximum(tl.cdiv(num_tiles, num_workers), min_tiles)
 
 
-@triton.jit(do_not_specialize=["num_decodes", "num_workers", "num_kv_heads", "window", "min_tiles"])
+@triton.jit(
+    do_not_specialize=["num_decodes", "num_workers", "num_kv_heads", "window", "min_tiles"],
+    do_not_specialize_on_alignment=["seq_lens_ptr"],
+)
 def _plan_decodes_kernel(
     tile_starts_ptr, first_seqs_ptr, arrivals_ptr, seq_lens_ptr,
     num_decodes, num_workers, num_kv_heads, window, min_tiles,
-    TILE: tl.constexpr, BLOCK_SEQS: tl.constexpr, BLOCK_WORKERS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_SEQS: tl.constexpr, BLOCK_WORKERS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK_WORKERS workers, each going through all requests.
 
-    A request has at least one tile, so that padding is answered too.
+    A request has at least one tile, so that padding is answered too; one that is not there has none.
     """
+    begin(USE_PDL)
     seqs = tl.arange(0, BLOCK_SEQS)
     is_seq = seqs < num_decodes
     seq_lens = tl.load(seq_lens_ptr + seqs, is_seq, other=0).to(tl.int32)  # [BLOCK_SEQS]
     num_tiles = tl.cdiv(seq_lens, TILE) - _first_token(seq_lens, window) // TILE
-    num_tiles = tl.where(is_seq, tl.maximum(num_tiles, 1), 0)
+    num_tiles = tl.where(is_seq & (seq_lens >= 0), tl.maximum(num_tiles, 1), 0)
     tile_ends = tl.cumsum(num_tiles, axis=0)
     per_worker = _tiles_per_worker(tl.sum(num_tiles, axis=0), num_workers, min_tiles)
 
@@ -205,7 +235,10 @@ def _plan_decodes_kernel(
         tl.store(arrivals_ptr + first + seqs, zeros, first + seqs < num_decodes * num_kv_heads)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_decodes", "window", "min_tiles"])
+@triton.jit(
+    do_not_specialize=["table_stride", "num_decodes", "window", "min_tiles"],
+    do_not_specialize_on_alignment=["block_tables_ptr", "seq_lens_ptr"],
+)
 def _decode_kernel(
     output_ptr, query_ptr, kv_ptr, block_tables_ptr, seq_lens_ptr,
     tile_starts_ptr, first_seqs_ptr, arrivals_ptr, partials_ptr, partial_sums_ptr, slopes_ptr,
@@ -215,11 +248,13 @@ def _decode_kernel(
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_GROUP: tl.constexpr,
     BLOCK_PARTS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per (KV head, worker), neighbours in the grid reading neighbours in memory; float32 accumulation.
 
     The query heads of a KV head are the rows of one tile, so that each key is read once for all of them.
     """
+    begin(USE_PDL)
     kv_head, worker = tl.program_id(0), tl.program_id(1)
     num_kv_heads, num_workers = tl.num_programs(0), tl.num_programs(1)
     num_tiles = tl.load(tile_starts_ptr + num_decodes)
@@ -237,22 +272,29 @@ def _decode_kernel(
     if HAS_ALIBI:
         slopes = tl.load(slopes_ptr + heads, members < GROUP_SIZE, other=0.0) * 1.4426950408889634
 
+    # What a request begins with is read while the worker still attends to the one before.
+    query_ptrs = query_ptr + heads[:, None] * query_head_stride + columns[None, :]
+    seq_start, seq_end, seq_len, query = _load_request(
+        tile_starts_ptr, seq_lens_ptr, query_ptrs, seq, num_decodes, query_token_stride, mask
+    )
+    first_token = _first_token(seq_len, window)
+    first_tile = tile - seq_start + first_token // TILE
+    table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
+    blocks = load_blocks(table_ptr, first_tile, first_token, seq_len, TILE, BLOCK_SIZE)
     while tile < last_tile:
-        seq_start = tl.load(tile_starts_ptr + seq)
-        seq_end = tl.load(tile_starts_ptr + seq + 1)
-        seq_len = tl.load(seq_lens_ptr + seq).to(tl.int32)
+        next_start, next_end, next_len, next_query = _load_request(
+            tile_starts_ptr, seq_lens_ptr, query_ptrs, seq + 1, num_decodes, query_token_stride, mask
+        )
+        next_first = _first_token(next_len, window)
+        next_table_ptr = table_ptr + table_stride
+        first_blocks = load_blocks(next_table_ptr, next_first // TILE, next_first, next_len, TILE, BLOCK_SIZE)
         row = seq.to(tl.int64)
-        query_ptrs = query_ptr + row * query_token_stride + heads[:, None] * query_head_stride + columns[None, :]
-        query = tl.load(query_ptrs, mask, other=0.0)  # [BLOCK_M, BLOCK_D]
         positions = tl.zeros((BLOCK_M,), dtype=tl.int32) + (seq_len - 1)
-        first_token = _first_token(seq_len, window)
         skipped_tiles = first_token // TILE - seq_start
         part_end = tl.minimum(seq_end, last_tile)
         accumulator = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
         row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
         row_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-        table_ptr = block_tables_ptr + row * table_stride
-        blocks = load_blocks(table_ptr, tile + skipped_tiles, first_token, seq_len, TILE, BLOCK_SIZE)
         for part_tile in range(tile + skipped_tiles, part_end + skipped_tiles):
             next_blocks = load_blocks(table_ptr, part_tile + 1, first_token, seq_len, TILE, BLOCK_SIZE)
             accumulator, row_sum, row_max = attend_tile(
@@ -288,6 +330,19 @@ def _decode_kernel(
                 )  # fmt: skip
         tile = part_end
         seq += 1
+        seq_start, seq_end, seq_len, query = next_start, next_end, next_len, next_query
+        first_token, table_ptr, blocks = next_first, next_table_ptr, first_blocks
+
+
+@triton.jit
+def _load_request(tile_starts_ptr, seq_lens_ptr, query_ptrs, seq, num_decodes, query_token_stride, mask):
+    """(first tile, end of its tiles, length, query [BLOCK_M, BLOCK_D]) of a request; nothing of one past the last."""
+    is_request = seq < num_decodes
+    start = tl.load(tile_starts_ptr + seq, is_request, other=0)
+    end = tl.load(tile_starts_ptr + seq + 1, is_request, other=0)
+    length = tl.load(seq_lens_ptr + seq, is_request, other=0).to(tl.int32)
+    query = tl.load(query_ptrs + seq.to(tl.int64) * query_token_stride, mask & is_request, other=0.0)
+    return start, end, length, query
 
 
 @triton.jit
@@ -329,20 +384,21 @@ def _combine_parts(
 def compile_examples(variant: str) -> list[CompileExample]:
     """Heads of every usual size, over each type of cache."""
     return [
-        _compile_example(LAUNCH[variant], head_dim, cache_dtype)
+        _compile_example(variant, launch, head_dim, cache_dtype)
         for head_dim in (64, 80, 128, 256)
         for cache_dtype in compiled_cache_dtypes(variant)
+        for launch in dict.fromkeys(launch_for(variant, head_dim, cache_dtype, count) for count in (1, MANY_DECODES))
     ]
 
 
-def _compile_example(launch: Launch, head_dim: int, cache_dtype: torch.dtype) -> CompileExample:
+def _compile_example(variant: str, launch: Launch, head_dim: int, cache_dtype: torch.dtype) -> CompileExample:
     tile = tile_tokens(head_dim, cache_dtype, launch.tile_bytes)
-    flags = {"HAS_WINDOW": False, "HAS_ALIBI": False, "HAS_SOFTCAP": False}
+    flags = {"HAS_WINDOW": False, "HAS_ALIBI": False, "HAS_SOFTCAP": False, "USE_PDL": variant in PDL_VARIANTS}
     return CompileExample(
-        name=f"paged_decode head_dim={head_dim} {cache_dtype}",
+        name=f"paged_decode {launch.num_warps} warps head_dim={head_dim} {cache_dtype}",
         function=_decode_kernel,
         signature=argument_types(_decode_kernel.arg_names, torch.bfloat16, cache_dtype),
-        constexprs=_constexprs(4, head_dim, 16, tile) | flags,
+        constexprs=_constexprs(4, head_dim, 16, tile, launch.combined_elements) | flags,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )

@@ -10,7 +10,7 @@ Source: FlashAttention-2 (https://arxiv.org/abs/2307.08691).
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -37,33 +37,50 @@ SHORT_ROWS, MEDIUM_ROWS = 16, 64
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """block_m: rows (tokens x heads) of a tile of queries; tile_bytes: keys of one tile; num_warps: for `block_m`."""
+    """How queries and keys are cut.
+
+    block_m:     rows (tokens x heads) of a tile of queries; num_warps: for so many
+    tile_bytes:  keys of one tile
+    short_warps: for tiles of SHORT_ROWS
+    """
 
     block_m: int
     tile_bytes: int
     num_warps: int
     num_stages: int
+    short_warps: int = 2
 
 
-LAUNCH: dict[str, Launch] = {
-    "hopper": Launch(128, 16_384, num_warps=8, num_stages=3),
-    "grace-hopper": Launch(128, 16_384, num_warps=8, num_stages=3),
-    "blackwell": Launch(128, 16_384, num_warps=8, num_stages=3),
-    "blackwell-workstation": Launch(64, 8_192, num_warps=4, num_stages=2),
-    "ampere": Launch(128, 16_384, num_warps=8, num_stages=3),
-    "ada": Launch(64, 8_192, num_warps=4, num_stages=2),
-    "generic": Launch(64, 8_192, num_warps=4, num_stages=2),
+_LARGE = Launch(128, 16_384, num_warps=8, num_stages=3, short_warps=4)
+_SMALL = Launch(64, 8_192, num_warps=4, num_stages=2)
+LAUNCH: Mapping[str, Launch] = {
+    "hopper": _LARGE,
+    "grace-hopper": _LARGE,
+    "blackwell": _LARGE,
+    "blackwell-workstation": _SMALL,
+    "ampere": Launch(128, 8_192, num_warps=8, num_stages=3),
+    "ada": _SMALL,
+    "generic": _SMALL,
 }
-# Heads of at most this many dimensions: too little work for eight warps. Measured on an H100: 1.4 times the wide one's.
+# Heads of at most so many dimensions: too little work for eight warps. Measured on an H100: 1.4 times the wide one's.
 NARROW_HEAD_DIM = 64
-NARROW_LAUNCH: Mapping[str, Launch] = LAUNCH | dict.fromkeys(
-    ("hopper", "grace-hopper"), Launch(128, 8_192, num_warps=4, num_stages=3)
-)
+_NARROW = Launch(128, 8_192, num_warps=4, num_stages=3, short_warps=1)
+NARROW_LAUNCH: Mapping[str, Launch] = {
+    **LAUNCH, "hopper": _NARROW, "grace-hopper": _NARROW, "blackwell": replace(_LARGE, short_warps=2)
+}  # fmt: skip
+# Heads of more dimensions than these need more threads to hold their tiles, or smaller ones.
+WIDE_HEAD_DIM = 128
+_WIDE = Launch(64, 8_192, num_warps=8, num_stages=2, short_warps=4)
+WIDE_LAUNCH: Mapping[str, Launch] = {
+    **LAUNCH, **dict.fromkeys(("blackwell-workstation", "ampere", "ada", "generic"), _WIDE)
+}  # fmt: skip
 
 
 def launch_for(variant: str, head_dim: int) -> Launch:
     """A variant's launch parameters for heads of this size."""
-    return (NARROW_LAUNCH if head_dim <= NARROW_HEAD_DIM else LAUNCH)[variant]
+    if head_dim <= NARROW_HEAD_DIM:
+        return NARROW_LAUNCH[variant]
+    return (WIDE_LAUNCH if head_dim > WIDE_HEAD_DIM else LAUNCH)[variant]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +95,8 @@ class QueryTiles:
 class ChunkPlan:
     """The chunks of a step.
 
-    block_tables, seq_lens, query_start_loc: as in `AttentionMetadata`, of the chunks; window: 0 for none
+    block_tables, seq_lens: as in `AttentionMetadata`, of the chunks; window: 0 for none
+    query_starts, query_ends: [num_chunks], rows of each; an empty one has no tile
     max_query_len: of the longest chunk
     tiles_of:      the tiles of queries for a number of tokens per tile, planned when first asked for
     tile:          tokens of a tile of keys
@@ -86,7 +104,8 @@ class ChunkPlan:
 
     block_tables: torch.Tensor
     seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor
+    query_starts: torch.Tensor
+    query_ends: torch.Tensor
     window: int
     max_query_len: int
     tiles_of: Callable[[int], QueryTiles]
@@ -100,25 +119,41 @@ def plan_chunks(
     dtype: torch.dtype,
     sliding_window: int | None = None,
     launch: Launch | None = None,
+    num_done: Sequence[int] | None = None,
 ) -> ChunkPlan:
     """Plan the requests of a step after its decodes, of which there is at least one.
 
     kv_cache_layer: any layer's; dtype: the query's; launch: instead of the device's own
+    num_done: rows at the beginning of each chunk that are left out
     Raises ValueError for a cache or a type that the kernels do not take.
     """
     check_cache(kv_cache_layer, dtype)
     launch = launch or launch_for(variant_of(kv_cache_layer.device), kv_cache_layer.shape[-1])
     if dtype == torch.float32:
         launch = _launch_float32(launch)
+    starts = metadata.query_start_loc[metadata.num_decodes : -1]
+    ends = metadata.query_start_loc[metadata.num_decodes + 1 :]
     query_lens = metadata.query_lens[metadata.num_decodes :]
-    query_start_loc = metadata.query_start_loc[metadata.num_decodes :]
+    max_tokens = metadata.max_chunk_tokens
+    if num_done is not None:
+        starts = starts + torch.tensor(num_done).to(starts, non_blocking=True)
+        query_lens = tuple(query_len - done for query_len, done in zip(query_lens, num_done, strict=True))
+
+    def plan_tiles(tokens_per_tile: int) -> QueryTiles:
+        if max_tokens is None:
+            num_tiles = sum(-(-query_len // tokens_per_tile) for query_len in query_lens)
+        else:
+            num_tiles = max_tokens // tokens_per_tile + len(starts)
+        return _plan_tiles(starts, ends, num_tiles, tokens_per_tile)
+
     return ChunkPlan(
         metadata.block_tables[metadata.num_decodes :],
         metadata.seq_lens[metadata.num_decodes :],
-        query_start_loc,
+        starts,
+        ends,
         sliding_window or 0,
-        max(query_lens),
-        functools.cache(lambda tokens_per_tile: _plan_tiles(query_lens, query_start_loc, tokens_per_tile)),
+        max(query_lens) if max_tokens is None else max_tokens,
+        functools.cache(plan_tiles),
         tile_tokens(kv_cache_layer.shape[4], kv_cache_layer.dtype, launch.tile_bytes),
         launch,
     )
@@ -129,13 +164,12 @@ def _launch_float32(launch: Launch) -> Launch:
     return Launch(min(launch.block_m, 32), launch.tile_bytes // 2, num_warps=4, num_stages=1)
 
 
-def _plan_tiles(query_lens: Sequence[int], query_start_loc: torch.Tensor, tokens_per_tile: int) -> QueryTiles:
-    num_tiles = sum(-(-query_len // tokens_per_tile) for query_len in query_lens)
-    seqs, indices = torch.empty(2, num_tiles, dtype=torch.int32, device=query_start_loc.device)
-    block_seqs = triton.next_power_of_2(max(len(query_lens), 32))
+def _plan_tiles(starts: torch.Tensor, ends: torch.Tensor, num_tiles: int, tokens_per_tile: int) -> QueryTiles:
+    seqs, indices = torch.empty(2, num_tiles, dtype=torch.int32, device=starts.device)
+    block_seqs = triton.next_power_of_2(max(len(starts), 32))
     block_tiles = min(PLANNED_TILES, max(1, PLANNED_ELEMENTS // block_seqs))
     _plan_chunks_kernel[(triton.cdiv(num_tiles, block_tiles),)](
-        seqs, indices, query_start_loc, len(query_lens), num_tiles, tokens_per_tile,
+        seqs, indices, starts, ends, len(starts), num_tiles, tokens_per_tile,
         BLOCK_SEQS=block_seqs, BLOCK_TILES=block_tiles, num_warps=4, num_stages=1,
     )  # fmt: skip
     return QueryTiles(seqs, indices)
@@ -158,11 +192,11 @@ def run_chunks(
     tiles = plan.tiles_of(tokens_per_tile)
     score_scale, softcap = score_factors(scoring)
     _chunk_kernel[(num_kv_heads, len(tiles.seqs))](
-        output, query, kv_cache_layer, plan.block_tables, plan.seq_lens, plan.query_start_loc,
+        output, query, kv_cache_layer, plan.block_tables, plan.seq_lens, plan.query_starts, plan.query_ends,
         tiles.seqs, tiles.indices, query if scoring.alibi_slopes is None else scoring.alibi_slopes,
         output.stride(0), query.stride(0), query.stride(1), kv_cache_layer.stride(0), kv_cache_layer.stride(1),
         kv_cache_layer.stride(2), kv_cache_layer.stride(3), plan.block_tables.stride(0),
-        plan.window, score_scale, softcap, scoring.v_scale,
+        len(plan.seq_lens), plan.window, score_scale, softcap, scoring.v_scale,
         **_constexprs(group_size, head_dim, block_size, plan.tile, block_m),
         HAS_WINDOW=plan.window > 0, HAS_ALIBI=scoring.alibi_slopes is not None, HAS_SOFTCAP=scoring.softcap > 0,
         num_warps=num_warps, num_stages=plan.launch.num_stages,
@@ -174,15 +208,10 @@ def _rows(plan: ChunkPlan, group_size: int, head_dim: int) -> tuple[int, int]:
     at_least = triton.next_power_of_2(group_size)
     needed = plan.max_query_len * group_size
     if needed <= SHORT_ROWS:
-        return SHORT_ROWS, _short_warps(head_dim)
+        return SHORT_ROWS, plan.launch.short_warps
     if needed <= MEDIUM_ROWS and plan.launch.block_m > MEDIUM_ROWS:
         return MEDIUM_ROWS, 4
     return max(plan.launch.block_m, at_least), plan.launch.num_warps
-
-
-def _short_warps(head_dim: int) -> int:
-    """Warps for `SHORT_ROWS`: with more, narrow heads leave each thread too little to do, and it spills."""
-    return 2 if head_dim <= NARROW_HEAD_DIM else 4
 
 
 def _constexprs(group_size: int, head_dim: int, block_size: int, tile: int, block_m: int) -> dict[str, object]:
@@ -196,16 +225,19 @@ def _constexprs(group_size: int, head_dim: int, block_size: int, tile: int, bloc
     }
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_tiles", "tokens_per_tile"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "num_tiles", "tokens_per_tile"],
+    do_not_specialize_on_alignment=["query_starts_ptr", "query_ends_ptr"],
+)
 def _plan_chunks_kernel(
-    seqs_ptr, indices_ptr, query_start_loc_ptr, num_seqs, num_tiles, tokens_per_tile,
+    seqs_ptr, indices_ptr, query_starts_ptr, query_ends_ptr, num_seqs, num_tiles, tokens_per_tile,
     BLOCK_SEQS: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK_TILES tiles, each going through all chunks."""
+    """One program per BLOCK_TILES tiles, each going through all chunks. Tiles that are too many belong to no chunk."""
     seqs = tl.arange(0, BLOCK_SEQS)
     is_seq = seqs < num_seqs
-    starts = tl.load(query_start_loc_ptr + seqs, is_seq, other=0)
-    ends = tl.load(query_start_loc_ptr + seqs + 1, is_seq, other=0)
+    starts = tl.load(query_starts_ptr + seqs, is_seq, other=0)
+    ends = tl.load(query_ends_ptr + seqs, is_seq, other=0)
     num_tiles_of = tl.cdiv((ends - starts).to(tl.int32), tokens_per_tile)  # [BLOCK_SEQS]
     tile_ends = tl.cumsum(num_tiles_of, axis=0)
     tiles = tl.program_id(0) * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
@@ -215,13 +247,16 @@ def _plan_chunks_kernel(
     tl.store(indices_ptr + tiles, tiles - first_tiles, tiles < num_tiles)
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"])
+@triton.jit(
+    do_not_specialize=["table_stride", "num_seqs", "window"],
+    do_not_specialize_on_alignment=["block_tables_ptr", "seq_lens_ptr", "query_starts_ptr", "query_ends_ptr"],
+)
 def _chunk_kernel(
-    output_ptr, query_ptr, kv_ptr, block_tables_ptr, seq_lens_ptr, query_start_loc_ptr,
+    output_ptr, query_ptr, kv_ptr, block_tables_ptr, seq_lens_ptr, query_starts_ptr, query_ends_ptr,
     tile_seqs_ptr, tile_indices_ptr, slopes_ptr,
     output_token_stride, query_token_stride, query_head_stride, kv_block_stride, kv_value_stride,
     kv_token_stride, kv_head_stride, table_stride,
-    window, score_scale, softcap, v_scale,
+    num_seqs, window, score_scale, softcap, v_scale,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -230,9 +265,11 @@ def _chunk_kernel(
     kv_head = tl.program_id(0)
     query_tile = tl.num_programs(1) - 1 - tl.program_id(1)
     seq = tl.load(tile_seqs_ptr + query_tile).to(tl.int64)
+    if seq >= num_seqs:
+        return
     first_query = tl.load(tile_indices_ptr + query_tile) * (BLOCK_M // GROUP_SIZE)
-    first_row = tl.load(query_start_loc_ptr + seq).to(tl.int64)
-    query_len = (tl.load(query_start_loc_ptr + seq + 1) - first_row).to(tl.int32)
+    first_row = tl.load(query_starts_ptr + seq).to(tl.int64)
+    query_len = (tl.load(query_ends_ptr + seq) - first_row).to(tl.int32)
     seq_len = tl.load(seq_lens_ptr + seq).to(tl.int32)
 
     members = tl.arange(0, BLOCK_M)
@@ -324,6 +361,6 @@ def _compile_example(launch: Launch, head_dim: int, cache_dtype: torch.dtype, bl
         function=_chunk_kernel,
         signature=argument_types(_chunk_kernel.arg_names, torch.bfloat16, cache_dtype),
         constexprs=_constexprs(4, head_dim, 16, tile, block_m) | flags,
-        num_warps=launch.num_warps if block_m == launch.block_m else _short_warps(head_dim),
+        num_warps=launch.num_warps if block_m == launch.block_m else launch.short_warps,
         num_stages=launch.num_stages,
     )

@@ -22,7 +22,7 @@ _WORD_BITS: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """block_size: logits of a row, tokens to count, or biased tokens of a row that a program takes at a time."""
+    """block_size: logits of a row, tokens to count, or entries of a bias that a program takes at a time."""
 
     block_size: int
     num_warps: int
@@ -172,42 +172,45 @@ def apply_penalties_(
         )
 
 
-def add_logit_bias_reference(logits: torch.Tensor, token_ids: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def add_logit_bias_reference(
+    logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
     """`add_logit_bias_` in torch, out of place."""
-    added = torch.where(token_ids >= 0, bias, 0)
-    return logits.float().scatter_add(1, token_ids.clamp(min=0).long(), added).to(logits.dtype)
+    return logits.float().index_put((rows.long(), token_ids.long()), bias, accumulate=True).to(logits.dtype)
 
 
-def add_logit_bias_(logits: torch.Tensor, token_ids: torch.Tensor, bias: torch.Tensor) -> None:
-    """logits[row, token_ids[row, i]] += bias[row, i], in place.
+def add_logit_bias_(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, bias: torch.Tensor) -> None:
+    """logits[rows[i], token_ids[i]] += bias[i], in place.
 
-    logits:    [num_rows, vocab_size] float32 or bfloat16, last dimension contiguous
-    token_ids: [num_rows, max_bias] int32, distinct within a row; -1 = padding, skipped
-    bias:      [num_rows, max_bias] float32
+    logits: [num_rows, vocab_size] float32 or bfloat16, last dimension contiguous
+    rows, token_ids: [num_entries] int32, no pair of them twice
+    bias:   [num_entries] float32
     Raises ValueError if an argument has another shape, type or layout.
     """
-    _check("bias", bias, torch.float32, token_ids.shape)
-    _launch_bias(logits, token_ids, bias)
+    _check("bias", bias, torch.float32, rows.shape)
+    _launch_bias(logits, rows, token_ids, bias)
 
 
-def forbid_tokens_(logits: torch.Tensor, token_ids: torch.Tensor) -> None:
-    """logits[row, token_ids[row, i]] = -inf, in place. Arguments as of `add_logit_bias_`; tokens may repeat."""
-    _launch_bias(logits, token_ids, None)
+def forbid_tokens_(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
+    """logits[rows[i], token_ids[i]] = -inf, in place. Arguments as of `add_logit_bias_`; pairs may repeat."""
+    _launch_bias(logits, rows, token_ids, None)
 
 
-def _launch_bias(logits: torch.Tensor, token_ids: torch.Tensor, bias: torch.Tensor | None) -> None:
+def _launch_bias(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Adds the bias; without one, sets -inf."""
     check_logits(logits)
-    num_rows, max_tokens = len(logits), token_ids.shape[-1]
-    _check("token_ids", token_ids, torch.int32, (num_rows, max_tokens))
+    num_entries = len(rows)
+    _check("rows", rows, torch.int32, (num_entries,))
+    _check("token_ids", token_ids, torch.int32, (num_entries,))
     launch = LAUNCH[variant_of(logits.device)]
-    if token_ids.numel():
-        _bias_kernel[num_rows, triton.cdiv(max_tokens, launch.block_size)](
+    if num_entries:
+        _bias_kernel[(triton.cdiv(num_entries, launch.block_size),)](
             logits,
             logits.stride(0),
+            rows,
             token_ids,
             bias,
-            max_tokens,
+            num_entries,
             HAS_BIAS=bias is not None,
             BLOCK=launch.block_size,
             num_warps=launch.num_warps,
@@ -264,20 +267,21 @@ def _penalise_kernel(
         tl.store(logits_ptr + row * row_stride + tokens, scores, mask=is_seen)
 
 
-@triton.jit(do_not_specialize=["max_tokens"])
+@triton.jit(do_not_specialize=["num_entries"])
 def _bias_kernel(
-    logits_ptr, row_stride, token_ids_ptr, bias_ptr, max_tokens, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr, row_stride, rows_ptr, token_ids_ptr, bias_ptr, num_entries, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Grid: one program per (row, BLOCK entries of its list)."""
-    row = tl.program_id(0).to(tl.int64)
-    entries = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    token_ids = tl.load(token_ids_ptr + row * max_tokens + entries, mask=entries < max_tokens, other=-1)
-    is_token = token_ids >= 0
+    """Grid: one program per BLOCK entries."""
+    entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    is_entry = entries < num_entries
+    rows = tl.load(rows_ptr + entries, mask=is_entry, other=0).to(tl.int64)
+    token_ids = tl.load(token_ids_ptr + entries, mask=is_entry, other=0)
+    logit_ptrs = logits_ptr + rows * row_stride + token_ids
     scores = tl.full([BLOCK], float("-inf"), tl.float32)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + row * max_tokens + entries, mask=is_token, other=0.0)
-        scores = tl.load(logits_ptr + row * row_stride + token_ids, mask=is_token, other=0.0).to(tl.float32) + bias
-    tl.store(logits_ptr + row * row_stride + token_ids, scores, mask=is_token)
+        bias = tl.load(bias_ptr + entries, mask=is_entry, other=0.0)
+        scores = tl.load(logit_ptrs, mask=is_entry, other=0.0).to(tl.float32) + bias
+    tl.store(logit_ptrs, scores, mask=is_entry)
 
 
 def example_inputs(
@@ -303,6 +307,7 @@ _POINTERS: Final = {
     "prompt_mask_ptr": "*i32",
     "counts_ptr": "*i32",
     "slots_ptr": "*i32",
+    "rows_ptr": "*i32",
     "repetition_ptr": "*fp32",
     "presence_ptr": "*fp32",
     "frequency_ptr": "*fp32",

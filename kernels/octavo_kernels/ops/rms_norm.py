@@ -11,6 +11,7 @@ import triton.language as tl
 
 from octavo_kernels.launch import VARIANTS, CompileExample, runs_triton, variant_of
 from octavo_kernels.native import kernels_for
+from octavo_kernels.pdl import PDL_VARIANTS, launch_next, pdl_options, wait_for_previous
 
 # A row is held in registers.
 MAX_HIDDEN_SIZE = 16_384
@@ -71,13 +72,16 @@ def _rms_norm_kernel(
     output_ptr, hidden_ptr, residual_ptr, weight_ptr,
     eps, hidden_row_stride, residual_row_stride,
     HIDDEN_SIZE: tl.constexpr, ADD_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per row, accumulating in float32; output rows are contiguous."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < HIDDEN_SIZE
-    x = tl.load(hidden_ptr + row * hidden_row_stride + columns, mask, other=0.0).to(tl.float32)  # [BLOCK]
+    launch_next(USE_PDL)
     weight = tl.load(weight_ptr + columns, mask, other=0.0).to(tl.float32)  # [BLOCK]
+    wait_for_previous(USE_PDL)
+    x = tl.load(hidden_ptr + row * hidden_row_stride + columns, mask, other=0.0).to(tl.float32)  # [BLOCK]
     if ADD_RESIDUAL:
         residual_ptrs = residual_ptr + row * residual_row_stride + columns
         x += tl.load(residual_ptrs, mask, other=0.0).to(tl.float32)
@@ -108,7 +112,7 @@ def _launch(hidden: torch.Tensor, residual: torch.Tensor | None, weight: torch.T
         output, hidden, summand, weight,
         eps, hidden.stride(0), summand.stride(0),
         HIDDEN_SIZE=hidden_size, ADD_RESIDUAL=residual is not None, BLOCK=block,
-        num_warps=LAUNCH[variant_of(hidden.device)].num_warps(block), num_stages=1,
+        num_warps=LAUNCH[variant_of(hidden.device)].num_warps(block), num_stages=1, **pdl_options(hidden.device),
     )  # fmt: skip
     return output
 
@@ -152,7 +156,12 @@ def _compile_example(variant: str, hidden_size: int, *, add: bool) -> CompileExa
         name=f"{'add_' if add else ''}rms_norm hidden_size={hidden_size}",
         function=_rms_norm_kernel,
         signature=pointers | {"eps": "fp32", "hidden_row_stride": "i32", "residual_row_stride": "i32"},
-        constexprs={"HIDDEN_SIZE": hidden_size, "ADD_RESIDUAL": add, "BLOCK": block},
+        constexprs={
+            "HIDDEN_SIZE": hidden_size,
+            "ADD_RESIDUAL": add,
+            "BLOCK": block,
+            "USE_PDL": variant in PDL_VARIANTS,
+        },
         num_warps=LAUNCH[variant].num_warps(block),
         num_stages=1,
     )

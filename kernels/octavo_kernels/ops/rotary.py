@@ -13,6 +13,7 @@ import triton.language as tl
 
 from octavo_kernels.launch import VARIANTS, CompileExample, runs_triton, variant_of
 from octavo_kernels.native import kernels_for
+from octavo_kernels.pdl import PDL_VARIANTS, begin, pdl_options
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "factors"]
 
@@ -151,9 +152,10 @@ def rotary_cos_sin(
 @triton.jit
 def _rotary_cos_sin_kernel(
     cos_ptr, sin_ptr, positions_ptr, frequencies_ptr, factor,
-    NUM_PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_PAIRS: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per token, in float32. The angles are rounded as torch rounds them, and may be large."""
+    begin(USE_PDL)
     token = tl.program_id(0).to(tl.int64)
     pairs = tl.arange(0, BLOCK)
     mask = pairs < NUM_PAIRS
@@ -181,7 +183,7 @@ def rotary_cos_sin_triton(
     _rotary_cos_sin_kernel[(num_tokens,)](
         cos, sin, positions, frequencies, factor,
         NUM_PAIRS=num_pairs, BLOCK=triton.next_power_of_2(num_pairs),
-        num_warps=LAUNCH[variant_of(positions.device)].num_warps, num_stages=1,
+        num_warps=LAUNCH[variant_of(positions.device)].num_warps, num_stages=1, **pdl_options(positions.device),
     )  # fmt: skip
     return cos, sin
 
@@ -247,7 +249,11 @@ def compile_examples(variant: str) -> list[CompileExample]:
             name=f"rotary_cos_sin rotary_dim={rotary_dim}",
             function=_rotary_cos_sin_kernel,
             signature=pointers | {"factor": "fp32"},
-            constexprs={"NUM_PAIRS": rotary_dim // 2, "BLOCK": triton.next_power_of_2(rotary_dim // 2)},
+            constexprs={
+                "NUM_PAIRS": rotary_dim // 2,
+                "BLOCK": triton.next_power_of_2(rotary_dim // 2),
+                "USE_PDL": variant in PDL_VARIANTS,
+            },
             num_warps=LAUNCH[variant].num_warps,
             num_stages=1,
         )

@@ -17,6 +17,7 @@ from octavo_kernels.launch import FLOAT8_VARIANTS, VARIANTS, CompileExample, run
 from octavo_kernels.ops.kv_write import CACHE_STRIDES, KvRows, cached, check_cache, write_kv_rows
 from octavo_kernels.ops.rms_norm import rms_norm
 from octavo_kernels.ops.rotary import RopeScaling, apply_rotary_, rotary_cos_sin, rotary_frequencies
+from octavo_kernels.pdl import PDL_VARIANTS, begin, pdl_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +84,13 @@ def _rotate_and_write_kv_kernel(
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     NUM_PAIRS: tl.constexpr, NUM_REST: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per token and BLOCK_HEADS of its heads of any kind, in float32.
 
     A head is NUM_PAIRS first halves of pairs, as many second halves, and NUM_REST dimensions that are not rotated.
     """
+    begin(USE_PDL)
     token = tl.program_id(0).to(tl.int64)
     heads = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]  # [BLOCK_HEADS, 1]
     is_head = heads < NUM_HEADS + 2 * NUM_KV_HEADS
@@ -185,7 +187,7 @@ def rotate_and_write_kv_triton(
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=kv_cache_layer.shape[2],
         HAS_NORM=q_norm_weight is not None, HAS_ROTARY=cos is not None, INTERLEAVED=interleaved,
         BLOCK_HEADS=launch.block_heads, **_split_head(head_dim, head_dim if cos is None else cos.shape[-1]),
-        num_warps=launch.num_warps, num_stages=1,
+        num_warps=launch.num_warps, num_stages=1, **pdl_options(heads.device),
     )  # fmt: skip
 
 
@@ -305,6 +307,7 @@ def _compile_example(
             "INTERLEAVED": interleaved,
             "BLOCK_HEADS": launch.block_heads,
             **_split_head(head_dim, rotary_dim),
+            "USE_PDL": variant in PDL_VARIANTS,
         },
         num_warps=launch.num_warps,
         num_stages=1,

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from octavo_kernels.launch import VARIANTS, CompileExample, runs_triton, variant_of
 from octavo_kernels.native import kernels_for
+from octavo_kernels.pdl import PDL_VARIANTS, begin, pdl_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,11 @@ def reference(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _silu_and_mul_kernel(output_ptr, gate_up_ptr, row_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(
+    output_ptr, gate_up_ptr, row_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr
+):
     """One program per row and BLOCK of its columns; output rows are contiguous."""
+    begin(USE_PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < SIZE
@@ -65,7 +69,7 @@ def silu_and_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
     output = gate_up.new_empty(num_rows, size)
     _silu_and_mul_kernel[(num_rows, triton.cdiv(size, launch.block))](
         output, gate_up, gate_up.stride(0),
-        SIZE=size, BLOCK=launch.block, num_warps=launch.num_warps, num_stages=1,
+        SIZE=size, BLOCK=launch.block, num_warps=launch.num_warps, num_stages=1, **pdl_options(gate_up.device),
     )  # fmt: skip
     return output
 
@@ -94,7 +98,7 @@ def compile_examples(variant: str) -> list[CompileExample]:
             name=f"silu_and_mul intermediate_size={size}",
             function=_silu_and_mul_kernel,
             signature={"output_ptr": "*bf16", "gate_up_ptr": "*bf16", "row_stride": "i32"},
-            constexprs={"SIZE": size, "BLOCK": launch.block},
+            constexprs={"SIZE": size, "BLOCK": launch.block, "USE_PDL": variant in PDL_VARIANTS},
             num_warps=launch.num_warps,
             num_stages=1,
         )

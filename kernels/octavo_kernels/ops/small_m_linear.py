@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo_kernels.launch import VARIANTS, CompileExample
 from octavo_kernels.ops.gemv import check_linear_arguments, silu_times, weight_rows
+from octavo_kernels.pdl import PDL_VARIANTS, launch_next, pdl_options, prefetch_l2, wait_for_previous
 
 MAX_TOKENS = 64
 # A matrix unit takes no fewer.
@@ -31,8 +31,6 @@ class Launch:
     block_n, block_k: rows of the weight for a program, even, and columns of a stage of its pipeline, powers of two
     num_splits:       programs that share a block of rows
     num_stages:       tiles of the weight in shared memory, all but one of them on their way
-    use_pdl:          start while the kernel before still runs, and fetch the first tiles of the weight into the L2
-                      cache meanwhile (programmatic dependent launch). From compute capability 9.0 on
     """
 
     block_n: int
@@ -40,7 +38,6 @@ class Launch:
     num_splits: int
     num_warps: int
     num_stages: int
-    use_pdl: bool = False
 
     def num_arrivals(self, out_features: int) -> int:
         """Counters that the programs of a launch need, see `small_m_linear`."""
@@ -54,19 +51,6 @@ _LARGE = Launch(block_n=64, block_k=128, num_splits=1, num_warps=4, num_stages=5
 LAUNCH: Mapping[str, Launch] = dict.fromkeys(VARIANTS, _SMALL) | dict.fromkeys(
     ("hopper", "grace-hopper", "blackwell"), _LARGE
 )
-
-
-@triton.jit
-def _prefetch_l2(pointers, num_bytes: tl.constexpr):
-    """Ask for `num_bytes` from each address on, without waiting."""
-    tl.inline_asm_elementwise(
-        f"cp.async.bulk.prefetch.L2.global [$1], {num_bytes}; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -148,11 +132,10 @@ def _small_m_linear_kernel(
     is_token = (tokens < num_tokens)[:, None]
     weight_ptrs = weight_ptr + rows[:, None] * weight_row_stride + columns[None, :]  # [BLOCK_N, BLOCK_K]
     hidden_ptrs = hidden_ptr + tokens.to(tl.int64)[:, None] * hidden_row_stride + columns[None, :]  # [BLOCK_M, BLOCK_K]
-    if USE_PDL:
-        gdc_launch_dependents()
-        if PREFETCHED_BYTES > 0:
-            _prefetch_l2(weight_ptr + rows * weight_row_stride + first, PREFETCHED_BYTES)
-        gdc_wait()
+    launch_next(USE_PDL)
+    if PREFETCHED_BYTES > 0:
+        prefetch_l2(weight_ptr + rows * weight_row_stride + first, PREFETCHED_BYTES)
+    wait_for_previous(USE_PDL)
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(first, last, BLOCK_K):
         if IS_EVEN_K:
@@ -208,6 +191,7 @@ def small_m_linear(
         if arrivals is None or arrivals.numel() < num_tiles or arrivals.dtype != torch.int32:
             raise ValueError(f"{launch.num_splits} splits need {num_tiles} int32 counters")
         partials = hidden.new_empty(launch.num_splits * num_tiles * launch.block_n * block_m, dtype=torch.float32)
+    pdl = pdl_options(hidden.device)
     _small_m_linear_kernel[(launch.num_splits, num_tiles)](
         output,
         hidden,
@@ -227,11 +211,10 @@ def small_m_linear(
         BLOCK_N=launch.block_n,
         BLOCK_K=launch.block_k,
         NUM_SPLITS=launch.num_splits,
-        PREFETCHED_BYTES=_prefetched_bytes(weight, launch) if launch.use_pdl else 0,
-        USE_PDL=launch.use_pdl,
+        PREFETCHED_BYTES=_prefetched_bytes(weight, launch) if pdl["USE_PDL"] else 0,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        launch_pdl=launch.use_pdl,
+        **pdl,
     )
     return output
 
@@ -266,8 +249,8 @@ def compile_examples(variant: str) -> list[CompileExample]:
                 "BLOCK_N": launch.block_n,
                 "BLOCK_K": launch.block_k,
                 "NUM_SPLITS": num_splits,
-                "PREFETCHED_BYTES": 0,
-                "USE_PDL": launch.use_pdl,
+                "PREFETCHED_BYTES": 1024 if variant in PDL_VARIANTS else 0,
+                "USE_PDL": variant in PDL_VARIANTS,
             },
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,

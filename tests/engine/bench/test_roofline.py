@@ -1,10 +1,10 @@
 """Lower bounds against numbers worked out by hand, and against those of the comparison with vLLM and SGLang."""
 
 import pytest
-from octavo_engine.bench.roofline import Experts, Load, ModelWork, Rates, floors, model_work
+from octavo_engine.bench.roofline import Load, ModelWork, Rates, floors, model_work
 from octavo_engine.bench.shapes import SHAPES
 from octavo_engine.errors import ConfigError
-from octavo_engine.geometry import geometry_from_config
+from octavo_engine.geometry import Experts, geometry_from_config
 
 # 100 weights of layers, 10 of the output, a byte each; 4 operations a pair; 2 bytes of keys and values a token.
 WORK = ModelWork(100, 10, 4, 2, layer_itemsize=1, output_itemsize=1)
@@ -12,7 +12,7 @@ WORK = ModelWork(100, 10, 4, 2, layer_itemsize=1, output_itemsize=1)
 
 def of_shape(name: str) -> ModelWork:
     config = SHAPES[name]
-    return model_work(geometry_from_config(config), config, dtype="bfloat16", kv_cache_dtype="bfloat16")
+    return model_work(geometry_from_config(config), dtype="bfloat16", kv_cache_dtype="bfloat16")
 
 
 def test_one_request_by_hand_where_memory_decides() -> None:
@@ -59,11 +59,10 @@ def test_a_load_without_requests_is_refused() -> None:
 
 
 def test_a_step_reads_the_experts_that_its_tokens_touch() -> None:
-    experts = Experts(num_experts=4, num_experts_per_token=2, num_parameters=50)
-    assert experts.num_touched(1) == 2
-    assert experts.num_touched(2) == 3
-    work = ModelWork(100, 10, 4, 2, layer_itemsize=1, output_itemsize=1, experts=experts)
+    experts = Experts(num_layers=1, num_experts=4, num_experts_per_token=2, intermediate_size=1)
+    work = ModelWork(100, 10, 4, 2, layer_itemsize=1, output_itemsize=1, num_expert_parameters=200, experts=experts)
     assert work.weight_bytes(1) == 100 + 2 * 50 + 10
+    assert work.weight_bytes(2) == 100 + 3 * 50 + 10
     assert work.linear_flops(3, 1) == 2 * (3 * (100 + 2 * 50) + 10)
 
 
@@ -78,9 +77,7 @@ def test_llama_8b_work_by_hand() -> None:
 
 def test_weights_of_one_byte_leave_the_output_layer_as_it_is() -> None:
     config = SHAPES["llama-8b"]
-    work = model_work(
-        geometry_from_config(config), config, dtype="bfloat16", kv_cache_dtype="int8", quantization="int8"
-    )
+    work = model_work(geometry_from_config(config), dtype="bfloat16", kv_cache_dtype="int8", quantization="int8")
     assert work.weight_bytes(1) == work.num_layer_parameters + 2 * work.num_output_parameters
     assert work.kv_bytes_per_token == 131_072 / 2
 

@@ -114,6 +114,7 @@ class EchoCore:
             stop_token_id=token_id if is_stop else None,
             logprobs=None if params.logprobs is None else [fake_logprobs(token_id, params.logprobs)],
             num_cached_tokens=len(prompt) // BLOCK_SIZE * BLOCK_SIZE if is_first else 0,
+            queue_time_s=0.25 if is_first and sequence.index == 0 else None,
             prompt_logprobs=self._prompt_logprobs(sequence) if is_first else None,
         )
 

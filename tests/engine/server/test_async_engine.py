@@ -17,9 +17,13 @@ pytestmark = pytest.mark.usefixtures("_fake_cores_importable")
 
 class Observer:
     def __init__(self) -> None:
+        self.queue_times: list[float] = []
         self.first_tokens: list[float] = []
         self.num_next_tokens = 0
         self.finished: list[FinishedSequence] = []
+
+    def observe_queue_time(self, seconds: float) -> None:
+        self.queue_times.append(seconds)
 
     def observe_first_token(self, seconds: float) -> None:
         self.first_tokens.append(seconds)

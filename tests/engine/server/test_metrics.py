@@ -5,6 +5,7 @@ ALIASES = {
     "vllm:num_requests_waiting",
     "vllm:num_requests_running",
     "vllm:kv_cache_usage_perc",
+    "vllm:request_queue_time_seconds",
     "vllm:time_to_first_token_seconds",
     "vllm:inter_token_latency_seconds",
     "vllm:request_time_per_output_token_seconds",
@@ -41,6 +42,8 @@ def test_names_and_labels_that_others_read(echo_server: ServerProcess) -> None:
     assert set(found) >= {"octavo_step_roofline_ratio", "octavo_kv_blocks", "octavo_engine_info", "octavo_memory_bytes"}
     for family, samples in found.items():
         assert all(("model_name", "fake") in labels for labels in samples), family
+    phases = [dict(labels)["phase"] for labels in found["octavo_startup_phase_seconds"]]
+    assert phases == ["starting", "loading", "warming_up"]
     info = next(iter(found["octavo_engine_info"]))
     assert ("hardware", "fake") in info
     assert ("kernels", "attention=echo") in info
@@ -62,6 +65,8 @@ def test_counts_of_one_request() -> None:
 
         for prefix in ("octavo_", "vllm:"):
             assert value(f"{prefix}time_to_first_token_seconds", "_count") == 3
+            assert value(f"{prefix}request_queue_time_seconds", "_count") == 2, "one for each prompt"
+            assert value(f"{prefix}request_queue_time_seconds", "_sum") == 0.5
             assert value(f"{prefix}inter_token_latency_seconds", "_count") >= 4 * 2 + 2
             assert value(f"{prefix}e2e_request_latency_seconds", "_count") == 3
             assert value(f"{prefix}request_prompt_tokens", "_sum") == 3 + 3 + 2

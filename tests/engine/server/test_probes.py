@@ -1,3 +1,6 @@
+import re
+
+import pytest
 from engine.server.server_process import ServerProcess, running_server
 
 
@@ -11,6 +14,7 @@ def test_answers_while_the_model_loads() -> None:
         startup = server.get("/startupz")
         assert startup.status_code == 503
         assert startup.json()["phase"] in {"starting", "loading"}
+        assert startup.json()["phase"] == list(startup.json()["phases_s"])[-1]
         refused = server.post("/v1/completions", {"prompt": "a"})
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "model_loading"
@@ -18,6 +22,13 @@ def test_answers_while_the_model_loads() -> None:
         started = server.wait_for("/startupz", 200).json()
         assert started["phase"] == "ready"
         assert started["elapsed_s"] >= 2
+        phases = started["phases_s"]
+        assert list(phases) == ["starting", "loading", "warming_up"]
+        assert phases["loading"] >= 1.5
+        assert sum(phases.values()) == pytest.approx(started["elapsed_s"], abs=0.01)
+        assert any(
+            re.search(r"is ready after .* \(starting .*, loading .*, warming_up .*\)", line) for line in server.log
+        )
         assert server.wait_for("/readyz", 200).json() == {"status": "ok", "reason": None}
         assert any("Loading weights: " in line for line in server.log)
 

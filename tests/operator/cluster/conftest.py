@@ -11,19 +11,20 @@ from plugin import HollowNodes
 
 ROOT = Path(__file__).parents[3]
 CRD_NAME = "inferenceservices.octavo.dev"
+CRD_NAMES = (CRD_NAME, "hardwareprofiles.octavo.dev")
 
 
 @pytest.fixture(scope="session")
 def crd(kubectl: Kubectl, objects: ApiObjects) -> str:
-    """The CRD as it is checked in, established."""
+    """The CRDs as they are checked in, established; the name of the first."""
     kubectl("apply", "--server-side", "-f", str(ROOT / "crds"))
 
-    def is_established() -> bool:
-        found = objects.get("CustomResourceDefinition", CRD_NAME) or {}
+    def is_established(name: str) -> bool:
+        found = objects.get("CustomResourceDefinition", name) or {}
         conditions = found.get("status", {}).get("conditions", [])
         return any(each["type"] == "Established" and each["status"] == "True" for each in conditions)
 
-    eventually(is_established, "the CRD is established")
+    eventually(lambda: all(map(is_established, CRD_NAMES)), "the CRDs are established")
     return CRD_NAME
 
 

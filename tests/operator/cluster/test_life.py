@@ -11,19 +11,18 @@ from operator_harness import (
     CHILD_KINDS,
     MODEL,
     OWN,
+    GetService,
     Manifest,
     OperatorProcess,
     Recorder,
+    ServiceNodes,
     assert_statuses_are_honest,
     condition,
-    has_reached,
     inference_service,
     kstatus,
+    wait_for,
 )
 from plugin import HollowNodes
-
-GetService = Callable[[str], Manifest | None]
-ServiceNodes = Callable[..., Manifest]
 
 GPU_LABELS = {
     "l4": {
@@ -37,16 +36,6 @@ GPU_LABELS = {
 }  # fmt: skip
 
 
-def wait_for(get_service: GetService, name: str, status: str, reason: str = "", timeout_s: float = 40.0) -> Manifest:
-    """The resource once Ready has this status for the latest spec."""
-
-    def reached() -> Manifest | None:
-        found = get_service(name)
-        return found if has_reached(found, status, reason) else None
-
-    return eventually(reached, f"{name}: Ready={status} {reason}", timeout_s)
-
-
 def deployments(objects: ApiObjects, namespace: str) -> list[Manifest]:
     return objects.list("Deployment", namespace, OWN)
 
@@ -58,10 +47,13 @@ REFUSED: dict[str, tuple[Manifest, str]] = {
     "revision without a hub": (
         {"model": {"uri": MODEL, "revision": "main"}}, "model.revision belongs to an hf:// address",
     ),
-    "unknown hardware": (
-        {"model": {"uri": MODEL}, "hardware": {"types": ["h300"]}},
-        'Unsupported value: "h300": supported values: "cpu"',
+    "hardware that is no name": (
+        {"model": {"uri": MODEL}, "hardware": {"types": ["NVIDIA H100"]}}, "spec.hardware.types[0]",
     ),
+    "an even share of nothing": (
+        {"model": {"uri": MODEL}, "hardware": {"preference": "Even"}}, "are about hardware.types: name the types",
+    ),
+    "unknown kernels": ({"model": {"uri": MODEL}, "engine": {"kernelVariant": "volta"}}, 'Unsupported value: "volta"'),
     "asked for and excluded": (
         {"model": {"uri": MODEL}, "hardware": {"types": ["cpu"], "exclude": ["cpu"]}}, "must not name the same type",
     ),

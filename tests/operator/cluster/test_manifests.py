@@ -4,9 +4,10 @@ import pytest
 import yaml
 from api_objects import ApiObjects
 from kubectl import Kubectl
+from octavo_operator.children import Owner
 from octavo_operator.observe import Key
 from octavo_operator.plan import make_plan
-from octavo_operator.render import Owner, render
+from octavo_operator.render import render
 from operator_samples import DEFAULTS, LLAMA_8B, UNKNOWN, Manifest, cpu_node, gh200_node, h100_node, l4_node, spec
 
 SPECS: dict[str, tuple[object, dict[str, object]]] = {

@@ -21,7 +21,11 @@ class Health(TypedDict):
 
 
 class Startup(TypedDict):
-    """How far the start has come; `fraction` is of this phase, and `remaining_s` an estimate, or null."""
+    """How far the start has come; `fraction` is of this phase, and `remaining_s` an estimate, or null.
+
+    `phases_s`: how long each phase took, the present one so far: starting (imports, device, the model's address),
+    loading (weights), warming_up (CUDA graphs and kernels).
+    """
 
     status: Literal["ok", "unavailable"]
     phase: str
@@ -29,6 +33,7 @@ class Startup(TypedDict):
     fraction: float
     elapsed_s: float
     remaining_s: float | None
+    phases_s: dict[str, float]
 
 
 class Version(TypedDict):
@@ -74,6 +79,7 @@ async def startupz(serving: ServingOfApp) -> Response:
         "fraction": phase.fraction,
         "elapsed_s": round(engine.startup_elapsed_s(), 3),
         "remaining_s": engine.estimate_remaining_s(),
+        "phases_s": {name: round(seconds, 3) for name, seconds in engine.phase_seconds().items()},
     }
     return _probe_response(reply, is_ok=is_started)
 

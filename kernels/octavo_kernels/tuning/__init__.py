@@ -1,0 +1,1 @@
+"""`octavo kernels tune`: measures launch choices on the GPU at hand. Nothing here runs while an engine serves."""
