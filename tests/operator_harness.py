@@ -79,6 +79,13 @@ class OperatorProcess:
             lines = answer.read().decode().splitlines()
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
+    def peak_memory_bytes(self) -> int:
+        """The most that the running process has held in memory."""
+        assert self._process is not None
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        (peak,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) << 10
+
     def kill(self) -> None:
         self._end(signal.SIGKILL)
 

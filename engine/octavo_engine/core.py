@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 # Prompts to warm up with: tokens, and how to sample. On a GPU, chunks of different lengths and draws of different kinds
 # run different kernels, which Triton compiles when they are first asked for.
-CPU_WARM_UPS = ((32, SamplingParams(temperature=0.0)),)
+CPU_WARM_UPS = ((8, SamplingParams(temperature=0.0)),)
 GPU_WARM_UPS = (
     (3, SamplingParams(temperature=0.0)),
     (12, SamplingParams()),

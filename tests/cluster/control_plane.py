@@ -36,6 +36,16 @@ _SERVER_NAMES = ["localhost", "kubernetes", "kubernetes.default", "kubernetes.de
 _CLIENT_RATE = ("--kube-api-qps=500", "--kube-api-burst=1000")
 
 
+_AUDIT_POLICY = """
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+- {level: Metadata, verbs: [create, update, patch, delete, deletecollection]}
+- {level: None}
+"""
+
+
 class ControlPlaneError(RuntimeError):
     """The control plane did not start, or one of its programs ended; the message has the end of its log."""
 
@@ -44,13 +54,17 @@ class ControlPlane:
     """Starts, restarts and stops the four programs.
 
     `state` is a folder to keep (and to take up again: same certificates, data and, where still free, ports);
-    without one, everything lives in a temporary folder that `stop` removes.
+    without one, everything lives in a temporary folder that `stop` removes. With `audits_writes` the API server writes
+    a JSON line to `audit_log` for every request that changes something.
     """
 
-    def __init__(self, state: Path | None = None, programs: binaries.Binaries | None = None) -> None:
+    def __init__(
+        self, state: Path | None = None, programs: binaries.Binaries | None = None, *, audits_writes: bool = False
+    ) -> None:
         self._is_temporary = state is None
         self.state = state.resolve() if state else Path(tempfile.mkdtemp(prefix="octavo-cluster-"))
         self._programs = programs
+        self._audits_writes = audits_writes
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._ports: dict[str, int] = {}
         self._guard: Guard | None = None
@@ -63,6 +77,11 @@ class ControlPlane:
     def kubeconfig(self) -> Path:
         """The administrator's kubeconfig (group system:masters)."""
         return self.state / "kubeconfig"
+
+    @property
+    def audit_log(self) -> Path:
+        """Of the requests that change something, if they are audited."""
+        return self.state / "audit.log"
 
     @property
     def kubectl(self) -> Path:
@@ -171,6 +190,13 @@ class ControlPlane:
         self._login = self._authority.client("control-plane-check", "system:masters")
         self._login.write(folder, "check")
 
+    def _audit_arguments(self) -> list[str]:
+        if not self._audits_writes:
+            return []
+        policy = self.state / "audit-policy.yaml"
+        policy.write_text(_AUDIT_POLICY)
+        return [f"--audit-policy-file={policy}", f"--audit-log-path={self.audit_log}"]
+
     def _arguments(self, name: str) -> list[str]:
         certificates = self.state / "certificates"
         etcd, peer = (f"http://127.0.0.1:{self._ports[port]}" for port in ("etcd", "etcd-peer"))
@@ -206,6 +232,7 @@ class ControlPlane:
                 f"--service-account-key-file={service_accounts}",
                 f"--service-cluster-ip-range={_SERVICE_RANGE}",
                 "--profiling=false",
+                *self._audit_arguments(),
             ]
         if name == "kube-controller-manager":
             return [

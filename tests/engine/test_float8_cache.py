@@ -18,6 +18,7 @@ from octavo_engine.scheduler import check_invariants
 from octavo_engine.start import start
 from octavo_kernels.hardware import BY_NAME
 from octavo_kernels.launch import interpret_on_cpu
+from octavo_kernels.ops import paged_decode
 from safetensors.torch import load_file, save_file
 
 pytestmark = [
@@ -48,6 +49,8 @@ def rounding_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         return rounded.view(torch.uint8).numpy().reshape(values.shape)
 
     monkeypatch.setattr(triton_interpreter, "_convert_float", convert_by_torch)
+    # Each program takes the interpreter a tenth of a second; how contexts are split is the kernels' own tests'.
+    monkeypatch.setattr(paged_decode, "num_multiprocessors", lambda device: 1)
 
 
 def make_core(folder: Path, kv_cache_dtype: str = "fp8", **fields) -> EngineCore:

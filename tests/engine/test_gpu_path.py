@@ -12,6 +12,7 @@ from octavo_engine.protocol import AbortRequests, AddRequest, SamplingParams
 from octavo_engine.runner import Launched
 from octavo_engine.scheduler import Step, check_invariants
 from octavo_kernels.launch import interpret_on_cpu
+from octavo_kernels.ops import paged_decode
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is off")
 
@@ -38,6 +39,12 @@ def generate(core: EngineCore, max_tokens: int = 6, **params) -> dict[tuple[str,
             answers.setdefault((output.request_id, output.index), []).extend(output.token_ids)
         check_invariants(core.scheduler)
     return answers
+
+
+@pytest.fixture(autouse=True)
+def few_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each program takes the interpreter a tenth of a second; how contexts are split is the kernels' own tests'."""
+    monkeypatch.setattr(paged_decode, "num_multiprocessors", lambda device: 1)
 
 
 @pytest.fixture

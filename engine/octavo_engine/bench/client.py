@@ -42,7 +42,8 @@ class RequestResult:
     """What became of one request. Times are seconds on the run's clock, which starts at 0.
 
     token_times_s: when each chunk with tokens came in. num_output_tokens: as the server's usage counts them, since a
-    chunk may carry several. error: why the request failed, or None.
+    chunk may carry several. num_cached_tokens: of the prompt, what the server says its prefix cache had, if it does.
+    error: why the request failed, or None.
     """
 
     start_s: float
@@ -52,6 +53,7 @@ class RequestResult:
     num_output_tokens: int
     num_wanted_tokens: int
     error: str | None = None
+    num_cached_tokens: int = 0
 
 
 def parse_url(url: str, model: str, *, allow_remote: bool, api_key: str | None = None) -> Endpoint:
@@ -238,6 +240,7 @@ class _Exchange:
             num_output_tokens=stream.num_output_tokens,
             num_wanted_tokens=self.request.num_output_tokens,
             error=self.error or self._status_error() or stream.error or stream.missing,
+            num_cached_tokens=stream.num_cached_tokens,
         )
 
     def _status_error(self) -> str | None:
@@ -251,6 +254,7 @@ class _Exchange:
 class _Stream:
     token_times_s: list[float] = field(default_factory=list)
     num_output_tokens: int = 0
+    num_cached_tokens: int = 0
     error: str | None = None
 
     @property
@@ -285,6 +289,7 @@ def _read_event(data: bytes, at_s: float, stream: _Stream) -> None:
         stream.error = f"the server reported: {json.dumps(event['error'])[:_MAX_ERROR_LENGTH]}"
     if usage := event.get("usage"):
         stream.num_output_tokens = usage.get("completion_tokens", 0)
+        stream.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     if any(_carries_tokens(choice) for choice in event.get("choices") or ()):
         stream.token_times_s.append(at_s)
 

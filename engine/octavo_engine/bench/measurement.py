@@ -42,6 +42,7 @@ class Measurement:
     num_wrong_length: int
     duration_s: float
     num_input_tokens: int
+    num_cached_tokens: int
     num_output_tokens: int
     output_tokens_per_s: float
     total_tokens_per_s: float
@@ -90,6 +91,7 @@ def measure(results: Sequence[RequestResult], goal: Goal) -> Measurement:
         num_wrong_length=sum(result.num_output_tokens != result.num_wanted_tokens for result in good),
         duration_s=duration_s,
         num_input_tokens=num_input,
+        num_cached_tokens=sum(result.num_cached_tokens for result in good),
         num_output_tokens=num_output,
         output_tokens_per_s=num_output * per_s,
         total_tokens_per_s=(num_input + num_output) * per_s,

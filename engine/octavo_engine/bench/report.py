@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from octavo_engine.bench.serving import Repeat, ServingPlan
 
 
+# Of the prompts' tokens: so many from a cache are worth a word, since they make a server look faster than it is.
+_NOTED_SHARE = 0.01
+
+
 def append_json_lines(path: Path, records: Sequence[dict[str, object]]) -> None:
     """Append a line per record. NaN (no such latency) becomes null, since JSON has no NaN."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +64,11 @@ def print_serving(console: Console, label: str, plan: "ServingPlan", repeats: "S
     console.print(table)
     rates = [repeat.measurement.output_tokens_per_s for repeat in repeats]
     console.print(f"output tokens/s: {spread_text(Spread.of(rates))}")
+    cached = sum(repeat.measurement.num_cached_tokens for repeat in repeats)
+    asked = sum(repeat.measurement.num_input_tokens for repeat in repeats)
+    if cached > _NOTED_SHARE * asked:
+        share = f"{cached / asked:.0%} of the prompts' tokens came from the server's prefix cache"
+        console.print(f"{share}: prompts of another --seed are new to it", highlight=False)
     for error in {repeat.measurement.first_error for repeat in repeats} - {None}:
         console.print(f"[red]error:[/red] {error}", highlight=False)
 

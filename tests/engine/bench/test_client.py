@@ -21,8 +21,8 @@ def text(value: str, finish_reason: str | None = None) -> bytes:
     return event(choices=[{"text": value, "finish_reason": finish_reason}], usage=None)
 
 
-def usage(count: int) -> bytes:
-    return event(choices=[], usage={"completion_tokens": count}) + b"data: [DONE]\n\n"
+def usage(count: int, **details: object) -> bytes:
+    return event(choices=[], usage={"completion_tokens": count, **details}) + b"data: [DONE]\n\n"
 
 
 async def send(writer: Writer, piece: bytes) -> None:
@@ -83,6 +83,14 @@ async def test_a_chunk_of_several_tokens_is_one_arrival() -> None:
 
     result = await ask(answer)
     assert (len(result.token_times_s), result.num_output_tokens) == (2, 4)
+
+
+@pytest.mark.parametrize(("details", "cached"), [({"cached_tokens": 2}, 2), ({"cached_tokens": None}, 0), (None, 0)])
+async def test_notes_what_the_prefix_cache_had(details: object, cached: int) -> None:
+    async def answer(_: dict[str, object], writer: Writer) -> None:
+        await stream([text("a", "length"), usage(1, prompt_tokens_details=details)], writer)
+
+    assert (await ask(answer, num_output=1)).num_cached_tokens == cached
 
 
 async def test_a_chunk_without_text_counts_unless_it_only_closes() -> None:

@@ -1,7 +1,9 @@
 import math
+from dataclasses import replace
 
 import pytest
 from octavo_engine.bench.client import RequestResult
+from octavo_engine.bench.machine import CpuShares
 from octavo_engine.bench.measurement import (
     Goal,
     Spread,
@@ -11,6 +13,10 @@ from octavo_engine.bench.measurement import (
     tpot_ms,
     ttft_ms,
 )
+from octavo_engine.bench.report import print_serving
+from octavo_engine.bench.serving import Repeat, ServingPlan
+from octavo_engine.bench.workloads import fixed
+from rich.console import Console
 
 
 def result(
@@ -91,3 +97,12 @@ def test_distribution_and_spread() -> None:
 def test_chunks_are_counted_per_good_request() -> None:
     figures = measure([result(0.1, 0.2, num_output=4), result(0.1), result(error="no")], Goal())
     assert figures.chunks_per_request == 1.5
+
+
+def test_says_when_prompts_came_from_a_cache() -> None:
+    measurement = measure([replace(result(0.1), num_cached_tokens=4), result(0.1)], Goal())
+    assert (measurement.num_input_tokens, measurement.num_cached_tokens) == (20, 4)
+    console = Console(record=True, width=200)
+    plan = ServingPlan(fixed(10, 1, 2), num_requests=2, concurrency=2)
+    print_serving(console, "server", plan, [Repeat(0, measurement, CpuShares(0.0, 0.0, 0.0))])
+    assert "20% of the prompts' tokens came from the server's prefix cache" in console.export_text()
