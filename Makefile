@@ -29,7 +29,7 @@ demo: $(INSTALLED) ## Deploy a real model to a real Kubernetes API and chat with
 
 test: $(INSTALLED) lint ## Lint, type check, check the import contracts and run every test
 	@$(if $(ARGS),,$(BIN)/python tests/cluster/binaries.py)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(or $(ARGS),--numprocesses=$$(($$(nproc) < 3 ? $$(nproc) + 1 : 4)) --dist=loadgroup)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(or $(ARGS),--numprocesses=logical --maxprocesses=4 --dist=loadgroup)
 
 lint: $(INSTALLED) ## Ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check $(SOURCES)

@@ -1,6 +1,7 @@
 import importlib.metadata
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -27,7 +28,10 @@ def use_commands(monkeypatch: pytest.MonkeyPatch, **commands: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _forget_commands() -> None:
+def _forget_commands() -> Iterator[None]:
+    """What a test has put in their place must not meet the next one, whichever file it is of."""
+    cli.__dict__.pop("_entry_points", None)
+    yield
     cli.__dict__.pop("_entry_points", None)
 
 
