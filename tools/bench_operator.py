@@ -93,7 +93,7 @@ def _measure(
     operator = OperatorProcess(plane.user_kubeconfig(_USER, "system:masters"), log, "--no-leader-election")
     audit = _Audit(plane.audit_log)
     start_s = time.monotonic()
-    with operator.start():
+    with operator:
         planned_s = _wait(lambda: _all(objects, _is_planned), start_s)
         _report("every resource planned, its children made and its status written", planned_s, audit, num_services)
         serving_s = _wait(lambda: _all(objects, _serves), start_s)
