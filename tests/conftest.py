@@ -7,4 +7,9 @@ from pathlib import Path
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from quick_interpreter import quicken_interpreter
+
+quicken_interpreter()
+
+
 pytest_plugins = ["plugin"]

@@ -19,6 +19,8 @@ from forward import Forward
 from kube_client import Manifest
 from kubectl import Kubectl
 from process_node import NodeHost, NodeSpec
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 PROCESS_NODE = "process-0"
 
@@ -44,29 +46,56 @@ class Forwarding(Protocol):
     def __call__(self, service: str, namespace: str, service_port: int | str | None = None) -> Forward: ...
 
 
-# Tests that have a control plane of their own where tests run in parallel: about half of the time of all that need one.
-SECOND_CLUSTER = ("test_chart.py", "test_docs.py", "test_gitops.py", "test_hub.py", "test_inspection.py")
+# Modules that have a control plane of their own where tests run in parallel: a good third of the time of all that need
+# one.
+SECOND_CLUSTER = (
+    "test_chart.py", "test_docs.py", "test_gitops.py", "test_hub.py", "test_inspection.py", "test_remote_models.py",
+)  # fmt: skip
+# What takes longest comes first, so that no process waits for another at the end.
+FIRST_GROUPS = ("cluster", "second cluster", "tests/engine/test_core.py")
+
+
+def group_of(nodeid: str) -> str:
+    """What one process runs as a whole: a module, whose fixtures it sets up once, or all that share a control plane."""
+    module = nodeid.partition("::")[0]
+    if "/cluster/" not in module:
+        return module
+    return "second cluster" if module.endswith(SECOND_CLUSTER) else "cluster"
+
+
+class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives each process whole groups, in the order of collection."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cluster: runs against a real Kubernetes API server")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> GroupScheduling:
+    config.option.loadscopereorder = False
+    return GroupScheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "control_plane" in getattr(item, "fixturenames", ()):
             item.add_marker("cluster")
-            # One process holds a control plane for all tests of a group.
-            is_second = item.nodeid.partition("::")[0].endswith(SECOND_CLUSTER)
-            item.add_marker(pytest.mark.xdist_group("second cluster" if is_second else "cluster"))
-        else:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    ranks = {group: rank for rank, group in enumerate(FIRST_GROUPS)}
+    items.sort(key=lambda item: ranks.get(group_of(item.nodeid), len(ranks)))
 
 
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Build what tests will ask for before the first one: where nothing is cached it takes longer than a test may."""
     wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
-    builds = [("control_plane", binaries.control_plane_binaries), ("helm", binaries.helm_binary)]
+    builds = [
+        ("control_plane", binaries.control_plane_binaries),
+        ("helm", binaries.helm_binary),
+        ("leader_worker_sets", binaries.lws_folder),
+    ]
     if session.config.option.collectonly:
         return
     with session.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
@@ -77,8 +106,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def control_plane() -> Iterator[ControlPlane]:
-    """etcd, API server, controller manager and scheduler."""
-    with ControlPlane(programs=binaries.control_plane_binaries()) as running:
+    """etcd, API server, controller manager and scheduler; writes are audited."""
+    with ControlPlane(programs=binaries.control_plane_binaries(), audits_writes=True) as running:
         yield running
 
 
