@@ -79,6 +79,10 @@ class OperatorProcess:
             lines = answer.read().decode().splitlines()
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
+    def num_passes(self) -> int:
+        """Passes that ended well so far."""
+        return int(self.metrics().get('octavo_operator_reconciles_total{result="success"}', 0))
+
     def peak_memory_bytes(self) -> int:
         """The most that the running process has held in memory."""
         assert self._process is not None
@@ -86,17 +90,21 @@ class OperatorProcess:
         (peak,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
         return int(peak.split()[1]) << 10
 
+    def close(self) -> None:
+        """End it however that has to be done, if it still runs."""
+        self.kill()
+
     def kill(self) -> None:
         self._end(signal.SIGKILL)
 
-    def stop(self) -> int:
-        return self._end(signal.SIGTERM)
+    def stop(self, timeout_s: float = 30.0) -> int:
+        return self._end(signal.SIGTERM, timeout_s)
 
-    def _end(self, number: int) -> int:
+    def _end(self, number: int, timeout_s: float = 30.0) -> int:
         if self._process is None:
             return 0
         self._process.send_signal(number)
-        code = self._process.wait(30)
+        code = self._process.wait(timeout_s)
         self._process = None
         return code
 
@@ -120,6 +128,24 @@ def inference_service(name: str, namespace: str, **spec: Any) -> Manifest:
         "kind": "InferenceService",
         "metadata": {"name": name, "namespace": namespace},
         "spec": {"model": {"uri": MODEL}, **spec},
+    }
+
+
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 6,
+    "intermediate_size": 80, "vocab_size": 100, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def on_a_volume(folder: Path, **spec: object) -> Manifest:
+    """Of a model in the folder `tiny` of `folder`, on the node, which pods see as /models/tiny."""
+    volume = {"name": "models", "hostPath": {"path": str(folder)}}
+    engine = {"name": "engine", "volumeMounts": [{"name": "models", "mountPath": "/models"}]}
+    return {
+        "model": {"uri": "/models/tiny"},
+        "podTemplate": {"spec": {"volumes": [volume], "containers": [engine]}},
+        "scaling": {"replicas": 0},
+        **spec,
     }
 
 

@@ -6,12 +6,10 @@ Everything that is started ends with the command.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "cluster")]
 
 from api_objects import ApiObjects  # noqa: E402
+from audit import AuditLog  # noqa: E402
 from control_plane import ControlPlane  # noqa: E402
 from operator_harness import OperatorProcess, condition, inference_service  # noqa: E402
 from process_node import NodeHost, NodeSpec  # noqa: E402
@@ -91,7 +90,7 @@ def _measure(
     names = _apply_services(plane, objects, num_services)
     print(f"{num_services} resources, {num_nodes} nodes", flush=True)
     operator = OperatorProcess(plane.user_kubeconfig(_USER, "system:masters"), log, "--no-leader-election")
-    audit = _Audit(plane.audit_log)
+    audit = AuditLog(plane.audit_log, _USER)
     start_s = time.monotonic()
     with operator:
         planned_s = _wait(lambda: _all(objects, _is_planned), start_s)
@@ -191,28 +190,7 @@ def _wait(holds: Callable[[], bool], start_s: float) -> float:
     return time.monotonic() - start_s
 
 
-class _Audit:
-    """What the API server has noted of the operator's writes."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log
-        self._offset = log.stat().st_size if log.exists() else 0
-
-    def read(self) -> Counter[str]:
-        """Writes since the last call, by what they wrote to."""
-        found: Counter[str] = Counter()
-        with self._log.open("rb") as log:
-            log.seek(self._offset)
-            lines, _, _ = log.read().rpartition(b"\n")  # the last line may still be written
-        self._offset += len(lines)
-        for event in map(json.loads, filter(None, lines.splitlines())):
-            if event["user"]["username"] == _USER:
-                target = event["objectRef"]
-                found["/".join(filter(None, (target["resource"], target.get("subresource"))))] += 1
-        return found
-
-
-def _report(what: str, seconds: float, audit: _Audit, num_resources: int) -> None:
+def _report(what: str, seconds: float, audit: AuditLog, num_resources: int) -> None:
     writes = audit.read()
     events = writes.pop("events", 0)
     total = sum(writes.values())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from octavo_engine.config import EngineConfig
-from octavo_engine.engine_process import DEFAULT_CORE, EngineProcess
+from octavo_engine.engine_process import DEFAULT_CORE, EngineProcess, Rendezvous
 from octavo_engine.errors import EngineDeadError
 from octavo_engine.protocol import (
     AbortRequests,
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # What the process sent right before it ended is still on its way through ZeroMQ's thread.
 LAST_WORDS_S = 0.1
+# Why ranks ended because of those on another node, that node says.
+OTHER_NODES_WORDS_S = 2.0
 CLOSE_TIMEOUT_S = 2.0
 
 
@@ -203,17 +205,21 @@ class AsyncEngine:
         self._settled = asyncio.Event()
         self._dead = asyncio.Event()
 
-    def start(self) -> None:
-        """Start the process. It loads the model while this returns at once."""
-        self._process = EngineProcess(self._config, self._core)
+    def start(self, rendezvous: Rendezvous | None = None) -> None:
+        """Start the process. It loads the model while this returns at once.
+
+        rendezvous: with ranks on other nodes
+        """
+        self._process = EngineProcess(self._config, self._core, rendezvous)
         loop = asyncio.get_running_loop()
         loop.add_reader(self._process.outputs_fd, self._on_outputs)
-        loop.add_reader(self._process.exit_fd, self._on_exit)
+        for exit_fd in self._process.exit_fds:
+            loop.add_reader(exit_fd, self._on_exit)
 
     @property
-    def pid(self) -> int | None:
-        """The process's id."""
-        return self._process.pid if self._process else None
+    def pids(self) -> list[int]:
+        """The ids of its processes, in the order of their ranks."""
+        return self._process.pids if self._process else []
 
     @property
     def is_dead(self) -> bool:
@@ -306,6 +312,10 @@ class AsyncEngine:
             self.abort(generation)
             generation.fail(message)
 
+    def give_up(self, message: str) -> None:
+        """Fail whatever runs, because of something outside this node that the engine cannot do without."""
+        self._declare_dead(message)
+
     async def close(self) -> None:
         """End the process and fail what still runs."""
         if self._process is None:
@@ -313,7 +323,8 @@ class AsyncEngine:
         process, self._process = self._process, None
         loop = asyncio.get_running_loop()
         loop.remove_reader(process.outputs_fd)
-        loop.remove_reader(process.exit_fd)
+        for exit_fd in process.exit_fds:
+            loop.remove_reader(exit_fd)
         self._declare_dead("the engine was closed")
         await asyncio.to_thread(process.close, CLOSE_TIMEOUT_S)
 
@@ -334,18 +345,19 @@ class AsyncEngine:
         if isinstance(message, StepOutputs):
             self._dispatch(message)
         elif isinstance(message, EnginePhase):
-            self._enter_phase(message)
+            self.enter_phase(message)
         elif isinstance(message, EngineReady):
             self.ready = message
             self.ready_after_s = self._clock() - self.started_s
-            self._enter_phase(EnginePhase("ready", 1.0))
+            self.enter_phase(EnginePhase("ready", 1.0))
             self._settled.set()
             if self._process is not None:
                 self._process.unlink_sockets()
-        else:
-            self.failure = message
+        else:  # of several ranks that fail, the first says why
+            self.failure = self.failure or message
 
-    def _enter_phase(self, phase: EnginePhase) -> None:
+    def enter_phase(self, phase: EnginePhase) -> None:
+        """Note how far the start has come."""
         if phase.phase != self.phase.phase:
             now = self._clock()
             self._phase_seconds[self.phase.phase] = now - self._phase_since_s
@@ -415,17 +427,19 @@ class AsyncEngine:
         if self._process is None:
             return
         loop = asyncio.get_running_loop()
-        loop.remove_reader(self._process.exit_fd)
-        loop.call_later(LAST_WORDS_S, self._bury)
+        for exit_fd in self._process.exit_fds:
+            loop.remove_reader(exit_fd)
+        is_others_doing = self._config.num_nodes > 1 and self._process.was_ended_by_others
+        loop.call_later(OTHER_NODES_WORDS_S if is_others_doing else LAST_WORDS_S, self._bury)
 
     def _bury(self) -> None:
-        if self._process is None:
+        if self._process is None or self.is_dead:
             return
         self._on_outputs()
-        exit_code = self._process.exit_code
+        obituary = self._process.obituary or "the engine process ended"
         if self.failure is None or not self.failure.is_user_error:
-            logger.error("the engine process ended with exit code %s", exit_code)
-        self._declare_dead(f"the engine process ended unexpectedly (exit code {exit_code})")
+            logger.error("%s", obituary)
+        self._declare_dead(obituary)
 
     def _declare_dead(self, message: str) -> None:
         if self.failure is None:

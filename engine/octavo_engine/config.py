@@ -8,6 +8,7 @@ the file, the file over the default. This module knows neither torch nor where a
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from octavo_kernels.hardware import CPU, KERNEL_VARIANTS
@@ -26,6 +27,11 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
+# What a LeaderWorkerSet tells each of its pods, and the fields that take it where nothing else says them.
+LEADER_WORKER_SET: Mapping[str, str] = {"node_rank": "LWS_WORKER_INDEX", "leader_address": "LWS_LEADER_ADDRESS"}
+LEADER_WORKER_SET_SIZE = "LWS_GROUP_SIZE"
+LEADER_PORT = 29400
+
 
 class EngineConfig(BaseModel):
     """Everything that one engine replica is told. `None` means that Octavo decides from model and hardware."""
@@ -34,8 +40,9 @@ class EngineConfig(BaseModel):
 
     model: str = Field(
         min_length=1,
-        description="Model to serve: a folder, a .gguf file, hf://organisation/name[@revision], "
-        "or pkg://python-package/file.gguf for a file that an installed Python package carries.",
+        description="Model to serve: a folder, a .gguf file, hf://organisation/name[@revision], s3://bucket/prefix, "
+        "oci://registry/repository:tag, or pkg://python-package/file.gguf for a file that an installed Python package "
+        "carries.",
     )
     served_model_name: str | None = Field(
         None, min_length=1, description="Name in the API; default: the last part of the model's address."
@@ -82,6 +89,22 @@ class EngineConfig(BaseModel):
         gt=0,
         description="Memory that the engine may use in GiB; default: the device's, or the container's.",
     )
+    tensor_parallel_size: PositiveInt = Field(
+        1, description="GPUs that each layer is spread over; on a CPU, processes that share its cores."
+    )
+    pipeline_parallel_size: PositiveInt = Field(
+        1,
+        description="Stages of consecutive layers, each on GPUs of its own: room for a larger model, at no more speed.",
+    )
+    num_nodes: PositiveInt = Field(1, description="Nodes, such as pods, that the engine is spread over equally.")
+    node_rank: int = Field(
+        0, ge=0, description="Which of the nodes this is; node 0 serves HTTP, others only answer probes."
+    )
+    leader_address: str | None = Field(
+        None,
+        min_length=1,
+        description=f"HOST or HOST:PORT of node 0, where the other nodes join it; without a port {LEADER_PORT}.",
+    )
     enable_prefix_caching: bool = Field(True, description="Share KV blocks between requests with equal prefixes.")
     enable_cuda_graphs: bool = Field(
         True, description="Capture decode steps as CUDA graphs; without them each kernel is launched by the host."
@@ -93,7 +116,9 @@ class EngineConfig(BaseModel):
         "octavo/kernels in the user's cache folder.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds requests that bring no seed of their own.")
-    num_threads: PositiveInt | None = Field(None, description="CPU threads of the engine; default: all it may use.")
+    num_threads: PositiveInt | None = Field(
+        None, description="CPU threads of the engine, or of each of its ranks; default: all it may use."
+    )
     chat_template: str | None = Field(None, description="File with a Jinja chat template; default: the model's own.")
     drain_timeout_s: float = Field(30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM.")
     stall_timeout_s: float = Field(
@@ -115,13 +140,37 @@ class EngineConfig(BaseModel):
             raise ValueError(f"{value} is no set of kernels: there are {', '.join(names)}")
         return value
 
+    @field_validator("leader_address")
+    @classmethod
+    def _check_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            _split_address(value)
+        return value
+
+    @property
+    def leader(self) -> tuple[str, int]:
+        """Host and port of node 0; without an address, which node 0 does not need, the host is empty."""
+        return _split_address(self.leader_address or "")
+
     @property
     def model_name(self) -> str:
         """The name under which the API serves the model."""
         if self.served_model_name:
             return self.served_model_name
         name = self.model.rstrip("/").rsplit("/", 1)[-1].split("@", 1)[0]
+        if self.model.startswith("oci://"):
+            name = name.split(":", 1)[0]
         return name.removesuffix(".gguf") or self.model
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that run the model, one for each GPU."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def num_local_ranks(self) -> int:
+        """Those on this node."""
+        return self.num_ranks // self.num_nodes
 
     def to_yaml(self) -> str:
         """The configuration file that makes this object again: only what differs from the defaults, plus the model."""
@@ -143,9 +192,13 @@ def load_config(
     if "model" not in values:
         raise ConfigError("no model given: name one as `octavo serve MODEL`, in OCTAVO_MODEL or in the --config file")
     try:
-        return EngineConfig.model_validate(values)
+        config = EngineConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error, flags, from_environment, config_file)) from None
+    if config.num_nodes > 1:
+        config = _complete_from_leader_worker_set(values, environment)
+    _check_ranks(config)
+    return config
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -166,6 +219,46 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {names[key]: value for key, value in environment.items() if key in names}
 
 
+def _split_address(address: str) -> tuple[str, int]:
+    """Host and port. Raises ValueError for what is no HOST, HOST:PORT or [IPV6]:PORT."""
+    parts = urlsplit(f"//{address}")
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    if port == 0 or parts.netloc != address or parts.username is not None:
+        raise ValueError("it must be HOST or HOST:PORT")
+    return parts.hostname or "", port or LEADER_PORT
+
+
+def _complete_from_leader_worker_set(values: Mapping[str, Any], environment: Mapping[str, str]) -> EngineConfig:
+    """`values`, which are valid, over what the pod's LeaderWorkerSet says."""
+    given = {field: environment[name] for field, name in LEADER_WORKER_SET.items() if name in environment}
+    try:
+        config = EngineConfig.model_validate({**given, **values})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = LEADER_WORKER_SET[str(problem["loc"][0])]
+        raise ConfigError(f"{name}={problem['input']!r}: {_uncapitalised(problem['msg'])}") from None
+    group_size = environment.get(LEADER_WORKER_SET_SIZE)
+    if group_size is not None and group_size != str(config.num_nodes):
+        raise ConfigError(f"num_nodes={config.num_nodes}, but {LEADER_WORKER_SET_SIZE}={group_size}")
+    return config
+
+
+def _check_ranks(config: EngineConfig) -> None:
+    """Raise ConfigError if the engine's processes cannot be laid out as the fields say."""
+    if config.num_ranks % config.num_nodes:
+        raise ConfigError(
+            f"{config.num_ranks} GPUs (tensor_parallel_size x pipeline_parallel_size) cannot be divided among "
+            f"num_nodes={config.num_nodes}"
+        )
+    if config.node_rank >= config.num_nodes:
+        raise ConfigError(f"node_rank={config.node_rank} is none of {config.num_nodes} nodes, counted from 0")
+    if config.node_rank and not config.leader_address:
+        raise ConfigError(f"node_rank={config.node_rank} needs leader_address, the host of node 0")
+
+
 def _explain(
     error: ValidationError,
     flags: Mapping[str, Any],
@@ -182,4 +275,8 @@ def _explain(
         place = f"{field} in {config_file}"
     if problem["type"] == "extra_forbidden":
         return f"{place}: there is no such field; `octavo serve --help` lists them"
-    return f"{place}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return f"{place}={problem['input']!r}: {_uncapitalised(problem['msg'])}"
+
+
+def _uncapitalised(text: str) -> str:
+    return text[0].lower() + text[1:]

@@ -24,6 +24,7 @@ from octavo_engine.protocol import (
     EngineStats,
     FinishReason,
     SamplingParams,
+    Seat,
     SequenceOutput,
     StepOutputs,
     TokenLogprobs,
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 # Prompts to warm up with: tokens, and how to sample. On a GPU, chunks of different lengths and draws of different kinds
 # run different kernels, which Triton compiles when they are first asked for.
-CPU_WARM_UPS = ((8, SamplingParams(temperature=0.0)),)
+CPU_WARM_UPS: tuple[tuple[int, SamplingParams], ...] = ((8, SamplingParams(temperature=0.0)),)
 GPU_WARM_UPS = (
     (3, SamplingParams(temperature=0.0)),
     (12, SamplingParams()),
@@ -51,11 +52,15 @@ NEWEST_SHARE = 0.2
 
 
 class EngineCore:
-    """The engine of one replica."""
+    """The engine of one replica, or one rank of it."""
 
-    def __init__(self, config: EngineConfig, on_phase: Callable[[EnginePhase], None]) -> None:
-        """Load the model and allocate the KV cache. Raises OctavoError where the user can mend it."""
-        self._started: Started = start(config, on_phase)
+    def __init__(self, config: EngineConfig, on_phase: Callable[[EnginePhase], None], seat: Seat | None = None) -> None:
+        """Load the model and allocate the KV cache. Raises OctavoError where the user can mend it.
+
+        seat: this rank's, of several that hold the model together and take the same steps
+        """
+        self._started: Started = start(config, on_phase, seat)
+        self.ranks = self._started.ranks
         self.scheduler = Scheduler(self._started.scheduler_limits)
         self._eos_token_ids = self._started.eos_token_ids
         self._seeds = Random(config.seed)
@@ -109,10 +114,13 @@ class EngineCore:
                 if message.index is None or request.index == message.index:
                     self._abort(request)
 
-    def step(self) -> StepOutputs:
-        """Give the device a step, and return what its sequences gained by the one that is done."""
+    def step(self, max_rounds: int | None = None) -> StepOutputs:
+        """Give the device a step, and return what its sequences gained by the one that is done.
+
+        max_rounds: tokens that a sequence may get by it; None: as many as this rank thinks good
+        """
         outputs, self._pending = self._pending, []
-        step = self.scheduler.schedule(self._max_rounds())
+        step = self.scheduler.schedule(self.max_rounds() if max_rounds is None else max_rounds)
         self._note_admitted(step)
         if step.scheduled:
             self._under_way.append(self._runner.launch(step))
@@ -132,7 +140,7 @@ class EngineCore:
             if request.queue_time_s is None:  # the first time, not after a preemption
                 request.queue_time_s = time.monotonic() - request.arrival_time_s
 
-    def _max_rounds(self) -> int:
+    def max_rounds(self) -> int:
         """As many tokens for each sequence as keep the device busy while the host prepares the next step."""
         if not 0 < self._round_s < self._host_s or not self._runner.can_repeat(self.scheduler.running):
             return 1
@@ -191,14 +199,20 @@ class EngineCore:
         self._pending += [SequenceOutput(request.request_id, index, [], "abort") for index in indices]
 
     def _warm_up(self) -> None:
-        """Run prompts and decode steps, so that no client waits for libraries to initialise or kernels to compile."""
-        is_gpu = self._started.device.torch_device.type == "cuda"
-        for length, sampling in GPU_WARM_UPS if is_gpu else CPU_WARM_UPS:
+        """Run prompts and decode steps, so that no client waits for libraries to initialise or kernels to compile.
+
+        On a GPU the widest steps, too: what does not fit into its memory has to show now.
+        """
+        warm_ups, limits = CPU_WARM_UPS, self.scheduler.limits
+        if self._started.device.torch_device.type == "cuda":
+            widest = limits.max_num_batched_tokens, SamplingParams(temperature=0.0)
+            warm_ups = (*GPU_WARM_UPS, widest, (1, SamplingParams(n=limits.max_num_seqs)))
+        for length, sampling in warm_ups:
             prompt = [0] * max(1, min(length, self._max_model_len - 2))
             params = msgspec.structs.replace(sampling, max_tokens=2, ignore_eos=True)
             self.add_request(AddRequest("warm-up", prompt, params, time.monotonic()))
             while self.has_work:
-                self.step()
+                self.step(max_rounds=1)
         self.scheduler = Scheduler(self._started.scheduler_limits)
         self._num_steps = 0
         self._host_s = self._round_s = self._busy_since_s = 0.0
@@ -219,6 +233,8 @@ class EngineCore:
             self._round_s += NEWEST_SHARE * (round_s - self._round_s)
         started = self._started
         limit_s = scheduled_step_limit_s(step, started.geometry, started.device.hardware, started.capacity)
+        if self.ranks and self.ranks.pipeline:  # a step passes one stage after the other
+            limit_s *= self.ranks.pipeline.num_stages
         self._roofline_ratio = limit_s / round_s
 
     def _stats(self) -> EngineStats:

@@ -20,6 +20,7 @@ from octavo_kernels.ops.prepare_decode import PADDING, UNKNOWN, DecodeInputs, De
 from octavo_engine.capacity import graph_sizes
 from octavo_engine.graph_capture import capture
 from octavo_engine.models import Model
+from octavo_engine.parallel import Pipeline
 from octavo_engine.request import Request
 from octavo_engine.slot_tables import SlotTables
 from octavo_engine.staging import upload
@@ -43,12 +44,13 @@ class DecodeGraphs:
         model: Model,
         kv_cache: torch.Tensor,
         tables: SlotTables,
+        pipeline: Pipeline | None,
         max_num_seqs: int,
         pool: Any,
         on_progress: Callable[[float], None],
     ) -> None:
         """Capture every size, the largest first, since the smaller ones fit into its memory."""
-        self._model, self._kv_cache, self._tables = model, kv_cache, tables
+        self._model, self._kv_cache, self._tables, self._pipeline = model, kv_cache, tables, pipeline
         self._device, self._block_size = kv_cache.device, kv_cache.shape[3]
         self._sizes = graph_sizes(max_num_seqs)
         self._rows = torch.empty(3 * max_num_seqs, dtype=torch.int32, device=self._device)
@@ -104,6 +106,8 @@ class DecodeGraphs:
         hidden = self._model.forward(inputs.input_ids, inputs.positions, self._kv_cache, metadata)
         logits = self._model.compute_logits(hidden)
         token_ids = argmax_rows(logits)
+        if self._pipeline:
+            self._pipeline.share_tokens(token_ids)
         self._tables.last_tokens.index_copy_(0, rows.slots.long(), token_ids)
         return logits, token_ids
 

@@ -14,6 +14,7 @@ from octavo_engine.capacity import GIB, check_kv_cache_dtype, resolve_weight_dty
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError
 from octavo_engine.geometry import Geometry
+from octavo_engine.protocol import Seat
 
 logger = logging.getLogger(__name__)
 
@@ -30,29 +31,34 @@ class Device:
     memory_bytes: int
 
 
-def open_device(config: EngineConfig) -> Device:
+def open_device(config: EngineConfig, seat: Seat | None = None) -> Device:
     """The device that the configuration names, or the best there is.
 
-    Raises ConfigError if a GPU is asked for and there is none; CapacityError if it lacks the cache's type.
+    seat: this rank's, of an engine with several: each has a GPU of its own, or its share of the CPU
+    Raises ConfigError if there are too few GPUs or cores; CapacityError if a GPU lacks the cache's type.
     """
-    device = _find_device(config)
+    device = _find_device(config, seat)
     check_kv_cache_dtype(config.kv_cache_dtype, device.hardware)
     return device
 
 
-def _find_device(config: EngineConfig) -> Device:
+def _find_device(config: EngineConfig, seat: Seat | None) -> Device:
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
         raise ConfigError("device cuda was asked for, but torch sees no NVIDIA GPU here; use device cpu or auto")
     if config.device == "cuda" or (config.device == "auto" and has_gpu):
-        return _open_gpu(config)
+        return _open_gpu(config, seat)
     if config.kernel_variant:
         raise ConfigError(
             f"kernel_variant {config.kernel_variant} was asked for, but it is for GPUs, and this is a CPU"
         )
-    torch.set_num_threads(config.num_threads or _available_cpus())
+    num_ranks, num_cpus = seat.num_local_ranks if seat else 1, _available_cpus()
+    if num_ranks > num_cpus:
+        raise ConfigError(f"{num_ranks} ranks on this node need a core each, and there are {num_cpus}")
+    # What torch found, which OMP_NUM_THREADS may have lowered.
+    torch.set_num_threads(config.num_threads or min(torch.get_num_threads(), num_cpus // num_ranks))
     memory = int(config.memory_gib * GIB) if config.memory_gib else _available_memory()
-    return Device(torch.device("cpu"), CPU, memory)
+    return Device(torch.device("cpu"), CPU, memory // num_ranks)
 
 
 def resolve_dtype(config: EngineConfig, geometry: Geometry, device: Device) -> torch.dtype:
@@ -62,7 +68,15 @@ def resolve_dtype(config: EngineConfig, geometry: Geometry, device: Device) -> t
     return dtype
 
 
-def _open_gpu(config: EngineConfig) -> Device:
+def _open_gpu(config: EngineConfig, seat: Seat | None) -> Device:
+    # What steps of one shape free, those of another can take: otherwise the allocator keeps pieces of every size.
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    if seat and seat.num_local_ranks > torch.cuda.device_count():
+        raise ConfigError(
+            f"{seat.num_local_ranks} ranks on this node need a GPU each, and torch sees {torch.cuda.device_count()}"
+        )
+    if seat:
+        torch.cuda.set_device(seat.local_rank)
     torch_device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(torch_device)
     match = identify_gpu(properties.name, (properties.major, properties.minor), properties.total_memory >> 20)
@@ -110,8 +124,8 @@ def _available_memory() -> int:
 
 
 def _available_cpus() -> int:
-    """CPUs that this process may use: what torch found (OMP_NUM_THREADS, affinity), cut to the container's quota."""
-    num_cpus = torch.get_num_threads()
+    """CPUs that this process may use, at least 1: its affinity, cut to the container's quota."""
+    num_cpus = len(os.sched_getaffinity(0))
     if CGROUP_CPU_LIMIT.exists():
         quota, _, period = CGROUP_CPU_LIMIT.read_text().partition(" ")
         if quota.isdigit():

@@ -15,7 +15,10 @@ class ConfigError(OctavoError):
     """A flag, an OCTAVO_* variable or a field of the configuration file is wrong."""
 
 
-SourceReason = Literal["ModelNotFound", "ModelAccessDenied", "HubRateLimited", "HubUnavailable", "ModelUnreadable"]
+SourceReason = Literal[
+    "ModelNotFound", "ModelAccessDenied", "ModelUnreadable", "HubRateLimited", "HubUnavailable",
+    "SourceRateLimited", "SourceUnavailable", "InspectionFailed",
+]  # fmt: skip
 
 
 class ModelSourceError(OctavoError):
@@ -41,6 +44,10 @@ class InvalidRequestError(OctavoError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+class RankLostError(Exception):
+    """Another process of the same engine is gone, or does not answer; what ended it is that one's to say."""
 
 
 class EngineDeadError(OctavoError):

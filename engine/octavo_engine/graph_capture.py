@@ -36,7 +36,8 @@ def capture(compute: Callable[[], Outputs], device: torch.device, pool: Any) -> 
         return Captured(lambda: _copy(compute(), outputs), outputs)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Other threads may use the device meanwhile: NCCL's asks how far earlier exchanges are.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         outputs = compute()
     return Captured(graph.replay, tuple(_borrow(output) for output in outputs))
 

@@ -4,7 +4,7 @@ import logging
 
 LINE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Libraries that tell each request or each file at INFO.
-QUIET_LOGGERS = ("httpx", "urllib3", "filelock", "asyncio", "uvicorn.error")
+QUIET_LOGGERS = ("httpx", "httpx2", "botocore", "urllib3", "filelock", "asyncio", "uvicorn.error")
 
 
 def configure_logging(level: str) -> None:

@@ -19,7 +19,6 @@ from octavo_engine.batch import Batch
 from octavo_engine.graph_capture import Captured, capture
 from octavo_engine.models import Model
 
-MAX_TOKENS: Final = 2048
 # Chunks of a step that has a graph. A step with more of them has most often more tokens, too.
 MAX_CHUNKS: Final = 32
 _ABSENT: Final = -1  # the length of a decode that is not there, the slot of a row that is not stored
@@ -27,9 +26,15 @@ _ABSENT: Final = -1  # the length of a decode that is not there, the slot of a r
 
 def graph_sizes(max_tokens: int) -> list[int]:
     """Numbers of tokens to capture: close enough that padding costs little, few enough that start-up is short."""
-    steps = [16, 32, *range(64, 512, 64), *range(512, 1024, 128), *range(1024, MAX_TOKENS + 1, 256)]
-    largest = min(max_tokens, MAX_TOKENS)
-    return [*(size for size in steps if size < largest), largest]
+    steps = [
+        16,
+        32,
+        *range(64, 512, 64),
+        *range(512, 1024, 128),
+        *range(1024, 2048, 256),
+        *range(2048, max_tokens, 512),
+    ]
+    return [*(size for size in steps if size < max_tokens), max_tokens]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +107,7 @@ class MixedGraphs:
         kv_cache: torch.Tensor,
         block_tables: torch.Tensor,
         max_num_seqs: int,
-        max_num_batched_tokens: int,
+        max_tokens: int,
         pool: Any,
         on_progress: Callable[[float], None],
     ) -> None:
@@ -111,7 +116,7 @@ class MixedGraphs:
         block_tables: [..., max_blocks] int32, as those of the batches that will be run
         """
         self._model, self._kv_cache = model, kv_cache
-        self._sizes = graph_sizes(max_num_batched_tokens)
+        self._sizes = graph_sizes(max_tokens)
         self._inputs = _empty_inputs(self._sizes[-1], min(max_num_seqs, self._sizes[-1]), block_tables)
         self._graphs: dict[int, Captured] = {}
         for count, num_tokens in enumerate(reversed(self._sizes), 1):

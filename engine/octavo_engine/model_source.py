@@ -1,12 +1,15 @@
 """Where a model's files come from: an address in, files on this machine out.
 
-Addresses: a folder or `file://` folder, a `.gguf` file, `hf://organisation/name[@revision]`, and
-`pkg://python-package/file.gguf` for a file that an installed Python package carries. Torch-free; it knows names of
-files, not what is in them.
+Addresses: a folder or `file://` folder, a `.gguf` file, `hf://organisation/name[@revision]`, `s3://bucket/prefix`,
+`oci://registry/repository:tag`, and `pkg://python-package/file.gguf` for a file that an installed Python package
+carries. Torch-free; it knows names of files, not what is in them.
 """
 
+import contextlib
 import importlib.metadata
 import json
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -14,10 +17,15 @@ from urllib.parse import unquote, urlsplit
 from octavo_engine.errors import ModelSourceError
 from octavo_engine.geometry import Geometry, read_geometry
 from octavo_engine.hub import HUB_SCHEME, download_config, download_model, read_hub_weights
+from octavo_engine.remote.cache import ModelCache, ProgressCallback, model_cache_folder
+from octavo_engine.remote.model import Source, download, read_remote_geometry
+from octavo_engine.remote.oci import OCI_SCHEME, OciSource
+from octavo_engine.remote.s3 import S3_SCHEME, S3Source
 from octavo_engine.stored_weights import read_stored_weights, with_stored_weights
 
 PACKAGE_SCHEME = "pkg://"
 FILE_SCHEME = "file://"
+SCHEMES = (HUB_SCHEME, S3_SCHEME, OCI_SCHEME, PACKAGE_SCHEME, FILE_SCHEME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +61,22 @@ class ModelFiles:
         return values
 
 
-def resolve_model(address: str, *, revision: str | None = None) -> ModelFiles:
-    """Find the model's files, and download what a hub's repository has of them and this machine has not.
+def resolve_model(
+    address: str, *, revision: str | None = None, on_progress: ProgressCallback | None = None
+) -> ModelFiles:
+    """Find the model's files, and download what a hub, an object store or a registry has and this machine has not.
 
+    on_progress: hears of downloads from object stores and registries
     Raises ModelSourceError that says what to do.
     """
     if address.startswith(HUB_SCHEME):
         return ModelFiles(address, download_model(address, revision))
+    _refuse_revision(address, revision)
+    remote = _remote_source(address)
+    if remote is not None:
+        with _naming(address), contextlib.closing(remote(address)) as source:
+            cache = ModelCache(model_cache_folder(os.environ))
+            return ModelFiles(address, download(source, cache, on_progress))
     return ModelFiles(address, _local_path(address))
 
 
@@ -72,9 +89,33 @@ def resolve_geometry(address: str, *, revision: str | None = None) -> Geometry:
     if address.startswith(HUB_SCHEME):
         folder = download_config(address, revision)
         return with_stored_weights(read_geometry(folder), read_hub_weights(address, revision, folder))
+    _refuse_revision(address, revision)
+    remote = _remote_source(address)
+    if remote is not None:
+        with _naming(address), contextlib.closing(remote(address)) as source:
+            return read_remote_geometry(source)
     path = _local_path(address)
     geometry = read_geometry(path)
     return geometry if path.is_file() else with_stored_weights(geometry, read_stored_weights(path))
+
+
+def _remote_source(address: str) -> Callable[[str], Source] | None:
+    sources: dict[str, Callable[[str], Source]] = {S3_SCHEME: S3Source, OCI_SCHEME: OciSource}
+    return next((source for scheme, source in sources.items() if address.startswith(scheme)), None)
+
+
+@contextlib.contextmanager
+def _naming(address: str) -> Iterator[None]:
+    """Errors of object stores and registries say what is wrong with the model, and not which it is."""
+    try:
+        yield
+    except ModelSourceError as error:
+        raise ModelSourceError(f"{address} {error}", reason=error.reason) from None
+
+
+def _refuse_revision(address: str, revision: str | None) -> None:
+    if revision is not None:
+        raise ModelSourceError(f"{address} has no revisions: only models of the hub ({HUB_SCHEME}) have some")
 
 
 def _local_path(address: str) -> Path:
@@ -83,7 +124,7 @@ def _local_path(address: str) -> Path:
     if address.startswith(FILE_SCHEME):
         return _existing(address, Path(unquote(urlsplit(address).path)))
     if "://" in address:
-        raise ModelSourceError(f"{address}: unknown scheme; known are {HUB_SCHEME}, {PACKAGE_SCHEME} and {FILE_SCHEME}")
+        raise ModelSourceError(f"{address}: unknown scheme; known are {', '.join(SCHEMES[:-1])} and {SCHEMES[-1]}")
     return _existing(address, Path(address).expanduser())
 
 

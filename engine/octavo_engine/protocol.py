@@ -122,7 +122,7 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True):
 class EnginePhase(msgspec.Struct, frozen=True, tag=True):
     """Where the engine's start-up stands; `/startupz` and the progress bar show it."""
 
-    phase: Literal["starting", "loading", "warming_up", "ready"]
+    phase: Literal["starting", "downloading", "loading", "warming_up", "ready"]
     fraction: float = 0.0  # of this phase
     message: str = ""
 
@@ -138,6 +138,35 @@ class EngineReady(msgspec.Struct, frozen=True, tag=True):
     memory: dict[str, dict[str, int]]  # "weights" | "kv_cache" -> {"predicted": bytes, "actual": bytes}
     hardware: str  # row of the hardware table
     kernels: dict[str, str]  # op -> implementation that was chosen
+
+
+class Seat(msgspec.Struct, frozen=True):
+    """One process's place among the ranks of an engine, each with its own device, and where they all meet.
+
+    local_rank: its place among those on its node, and the number of its GPU
+    store_host, store_port: of the key-value store that rank 0 keeps; store_fd: its listening socket, rank 0's alone
+    """
+
+    rank: int
+    num_ranks: int
+    local_rank: int
+    num_local_ranks: int
+    store_host: str
+    store_port: int
+    store_fd: int | None = None
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """What rank 0 tells the others before each step, so that all take the same one.
+
+    messages:   of the front end since the last step
+    max_rounds: as many tokens as a sequence may get; 0: there is no further step
+    digest:     of the tokens that the step before brought, which must be the same on all ranks
+    """
+
+    messages: list[AddRequest | AbortRequests]
+    max_rounds: int
+    digest: int
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag=True):

@@ -81,6 +81,7 @@ class Runner:
         self._model, self._kv_cache = started.model, started.kv_cache
         self._device = started.device.torch_device
         self._block_size = limits.block_size
+        self._pipeline = started.ranks.pipeline if started.ranks else None
         eos_token_ids = sorted(started.eos_token_ids)
         self._sampler: Sampler | GpuSampler = Sampler(eos_token_ids)
         self._tables: SlotTables | None = None
@@ -101,11 +102,11 @@ class Runner:
                 pool = graph_pool(self._device)
                 self._mixed_graphs = MixedGraphs(
                     self._model, self._kv_cache, self._tables.block_tables,
-                    limits.max_num_seqs, limits.max_num_batched_tokens, pool,
+                    limits.max_num_seqs, started.capacity.max_graph_tokens, pool,
                     lambda fraction: on_progress(fraction / 2),
                 )  # fmt: skip
                 self._graphs = DecodeGraphs(
-                    self._model, self._kv_cache, self._tables, limits.max_num_seqs, pool,
+                    self._model, self._kv_cache, self._tables, self._pipeline, limits.max_num_seqs, pool,
                     lambda fraction: on_progress((1 + fraction) / 2),
                 )  # fmt: skip
 
@@ -167,6 +168,8 @@ class Runner:
             rows = upload(np.array(launched.logprobs_of), self._device)
             launched.raw_logits = logits[rows].float()  # a copy: sampling changes rows in place
         token_ids = self._sampler.sample(logits.float(), sampled)
+        if self._pipeline:
+            self._pipeline.share_tokens(token_ids)
         if self._tables is None:
             launched.token_ids = token_ids[None]
             return

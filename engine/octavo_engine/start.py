@@ -3,23 +3,24 @@
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from octavo_kernels.kernel_cache import use_kernel_cache
 
 from octavo_engine import __version__
-from octavo_engine.capacity import GIB, Capacity, Limits, plan_capacity, resolve_kv_cache_dtype
+from octavo_engine.capacity import GIB, Capacity, Limits, plan_capacity, resolve_kv_cache_dtype, shard
 from octavo_engine.config import EngineConfig
 from octavo_engine.device import Device, open_device, resolve_dtype
-from octavo_engine.errors import ConfigError
+from octavo_engine.errors import CapacityError, ConfigError
 from octavo_engine.geometry import Geometry, check_served, read_geometry
 from octavo_engine.loading.loader import load_model
 from octavo_engine.loading.tokenizer import read_eos_token_ids
 from octavo_engine.model_source import resolve_model
 from octavo_engine.models import Model
-from octavo_engine.protocol import EnginePhase, EngineReady
+from octavo_engine.parallel import Ranks
+from octavo_engine.protocol import EnginePhase, EngineReady, Seat
 from octavo_engine.scheduler import SchedulerLimits
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ class Started:
 
     kv_cache: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]: all of one block lies together, so that
               one copy forks, moves or swaps it
+    geometry: of what is on this device: the model, or this rank's share of it
+    ranks:    those that share it; None: there is one
     """
 
     model: Model
@@ -43,6 +46,7 @@ class Started:
     enable_cuda_graphs: bool
     actual_weight_bytes: int
     kernels: dict[str, str]
+    ranks: Ranks | None = None
 
     @property
     def scheduler_limits(self) -> SchedulerLimits:
@@ -64,31 +68,48 @@ class Started:
             max_num_batched_tokens=self.capacity.max_num_batched_tokens,
             num_kv_blocks=self.capacity.num_kv_blocks,
             block_size=self.capacity.block_size,
-            memory={
-                "weights": {"predicted": self.capacity.weight_bytes, "actual": self.actual_weight_bytes},
-                "kv_cache": {"predicted": self.capacity.kv_bytes, "actual": self.kv_cache.nbytes},
-            },
+            memory=self._memory(),
             hardware=self.device.hardware.name,
             kernels=self.kernels,
         )
 
+    def _memory(self) -> dict[str, dict[str, int]]:
+        """Predicted and actual bytes by use; on a GPU also of everything, other processes on it included."""
+        memory = {
+            "weights": {"predicted": self.capacity.weight_bytes, "actual": self.actual_weight_bytes},
+            "kv_cache": {"predicted": self.capacity.kv_bytes, "actual": self.kv_cache.nbytes},
+        }
+        if self.device.torch_device.type == "cuda":
+            num_free, num_all = torch.cuda.mem_get_info(self.device.torch_device)
+            memory["total"] = {"predicted": self.capacity.total_bytes, "actual": num_all - num_free}
+        return memory
 
-def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None]) -> Started:
+
+def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None], seat: Seat | None = None) -> Started:
     """Bring up everything but the loop.
 
+    seat: this rank's, of an engine with several
     Raises ConfigError, ModelSourceError, UnsupportedModelError or CapacityError, each with what to do about it.
     """
     on_phase(EnginePhase("starting"))
-    device = open_device(config)
+    if config.num_ranks > 1 and seat is None:
+        raise ConfigError(f"{config.num_ranks} GPUs need a process each: only `octavo serve` runs them")
+    device = open_device(config, seat)
     if device.torch_device.type == "cuda":
         _open_kernel_cache(config, device)
-    files = resolve_model(config.model)
+    files = resolve_model(
+        config.model, on_progress=lambda fraction, text: on_phase(EnginePhase("downloading", fraction, text))
+    )
     geometry = read_geometry(files.path)
     check_served(geometry)
+    part = _shard(geometry, config)
+    ranks = Ranks.join(seat, config.tensor_parallel_size, device.torch_device) if seat else None
+    if ranks:
+        device = _agree(device, ranks)
     dtype = resolve_dtype(config, geometry, device)
     kv_cache_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, _name(dtype), device.hardware)
     capacity = plan_capacity(
-        geometry,
+        part,
         device.hardware,
         device.memory_bytes,
         dtype=_name(dtype),
@@ -96,7 +117,8 @@ def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None]) -> Star
         limits=limits_of(config),
         memory_utilization=config.memory_utilization,
     )
-    _log_plan(config, device, dtype, capacity)
+    if seat is None or seat.rank == 0:
+        _log_plan(config, device, dtype, capacity)
     loaded = load_model(
         files,
         geometry,
@@ -105,20 +127,51 @@ def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None]) -> Star
         quantization=config.quantization,
         max_model_len=capacity.max_model_len,
         load_format=config.load_format,
+        ranks=ranks,
         on_progress=lambda fraction, text: on_phase(EnginePhase("loading", fraction, text)),
     )
+    if ranks:
+        ranks.tell_all("loaded", "")  # some disks are slower than others, by more than a step may take
+    if ranks and ranks.pipeline:  # the plan is that of the fullest stage
+        num_layers = len(ranks.pipeline.layers(geometry.num_layers))
+        part = replace(part, num_layers=num_layers, num_full_layers=min(part.num_full_layers, num_layers))
     return Started(
         model=loaded.model,
-        kv_cache=allocate_kv_cache(geometry, capacity, getattr(torch, kv_cache_dtype), device.torch_device),
+        kv_cache=allocate_kv_cache(part, capacity, getattr(torch, kv_cache_dtype), device.torch_device),
         device=device,
-        geometry=geometry,
+        geometry=part,
         capacity=capacity,
         eos_token_ids=frozenset(read_eos_token_ids(files)),
         enable_prefix_caching=config.enable_prefix_caching,
         enable_cuda_graphs=config.enable_cuda_graphs,
         actual_weight_bytes=loaded.weight_bytes,
         kernels=loaded.kernels,
+        ranks=ranks,
     )
+
+
+def _shard(geometry: Geometry, config: EngineConfig) -> Geometry:
+    """What one rank holds of the model. Raises ConfigError that names what does not divide."""
+    tensor, pipeline = config.tensor_parallel_size, config.pipeline_parallel_size
+    if config.num_ranks == 1:
+        return geometry
+    try:
+        return shard(geometry, tensor=tensor, pipeline=pipeline)
+    except CapacityError as error:
+        sizes = f"tensor_parallel_size={tensor} and pipeline_parallel_size={pipeline}"
+        raise ConfigError(f"the model does not take {sizes}: {error}") from None
+
+
+def _agree(device: Device, ranks: Ranks) -> Device:
+    """The device with the least memory that any rank has, so that all plan the same.
+
+    Raises ConfigError where the ranks have different hardware.
+    """
+    everyone = [text.split("/") for text in ranks.tell_all("device", f"{device.hardware.name}/{device.memory_bytes}")]
+    names = [name for name, _ in everyone]
+    if len(set(names)) > 1:
+        raise ConfigError(f"the ranks of an engine need the same hardware; these have {', '.join(names)}")
+    return replace(device, memory_bytes=min(int(memory) for _, memory in everyone))
 
 
 def limits_of(config: EngineConfig) -> Limits:
@@ -172,10 +225,11 @@ def _name(dtype: torch.dtype) -> str:
 
 def _log_plan(config: EngineConfig, device: Device, dtype: torch.dtype, capacity: Capacity) -> None:
     logger.info(
-        "model=%s hardware=%s dtype=%s quantization=%s weights=%.2fGiB kv_cache=%.2fGiB blocks=%d block_size=%d "
-        "max_model_len=%d max_num_seqs=%d max_num_batched_tokens=%d",
+        "model=%s hardware=%s x%d dtype=%s quantization=%s on each: weights=%.2fGiB kv_cache=%.2fGiB blocks=%d "
+        "block_size=%d max_model_len=%d max_num_seqs=%d max_num_batched_tokens=%d",
         config.model_name,
         device.hardware.name,
+        config.num_ranks,
         _name(dtype),
         config.quantization,
         capacity.weight_bytes / GIB,

@@ -7,10 +7,10 @@ place. An index names the shards and the bytes of all. Format: https://huggingfa
 import json
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from octavo_engine.errors import ModelSourceError, UnsupportedModelError
 from octavo_engine.geometry import DTYPE_BYTES, Geometry
@@ -43,21 +43,37 @@ def stored_weights(index_file: Path, read_header: Callable[[str], Header]) -> St
     if not index_file.is_file():
         header = read_header(SINGLE_FILE)
         return StoredWeights(_num_bytes(header), _item_bytes(header))
-    shards, total = _read_index(index_file)
-    headers = [read_header(name) for name in (shards[:1] if total else shards)]
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelSourceError(f"cannot read {index_file}: {error}") from None
+    return index_weights(index, str(index_file), read_header)
+
+
+def index_weights(index: object, name: str, read_header: Callable[[str], Header]) -> StoredWeights:
+    """From what an index of that name holds: one shard's header, or all where the index does not say the bytes.
+
+    Raises ModelSourceError if it is no index, and what `read_header` raises.
+    """
+    shards, total = _parse_index(index, name)
+    headers = [read_header(shard) for shard in (shards[:1] if total else shards)]
     return StoredWeights(total or sum(map(_num_bytes, headers)), _item_bytes(headers[0]))
 
 
-def _read_index(index_file: Path) -> tuple[list[str], int]:
+def total_weights(headers: Sequence[Header]) -> StoredWeights | None:
+    """From the headers of all files; None if there are none."""
+    return StoredWeights(sum(map(_num_bytes, headers)), _item_bytes(headers[0])) if headers else None
+
+
+def _parse_index(index: Any, name: str) -> tuple[list[str], int]:
     """The shards, and the bytes of all; 0 where the index does not say."""
     try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        shards = sorted({str(name) for name in index["weight_map"].values()})
+        shards = sorted({str(shard) for shard in index["weight_map"].values()})
         total = int(index.get("metadata", {}).get("total_size", 0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelSourceError(f"cannot read {index_file}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelSourceError(f"cannot read {name}: {error}") from None
     if not shards:
-        raise ModelSourceError(f"{index_file} names no files")
+        raise ModelSourceError(f"{name} names no files")
     return shards, total
 
 
@@ -81,26 +97,32 @@ def read_stored_weights(folder: Path) -> StoredWeights | None:
     index_file = folder / INDEX_FILE
     if index_file.is_file():
         return stored_weights(index_file, lambda name: read_header(folder / name))
-    files = sorted(folder.glob("*.safetensors"))
-    headers = [read_header(file) for file in files]
-    return StoredWeights(sum(map(_num_bytes, headers)), _item_bytes(headers[0])) if headers else None
+    return total_weights([read_header(file) for file in sorted(folder.glob("*.safetensors"))])
 
 
 def read_header(file: Path) -> Header:
     """The header of one file. Raises ModelSourceError if it is none."""
     try:
         with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > _MOST_HEADER_BYTES:
-                raise ValueError(f"a header of {length} bytes")
-            tensors = json.loads(stream.read(length))
-        return {
-            name: (str(each["dtype"]), (int(each["data_offsets"][0]), int(each["data_offsets"][1])))
-            for name, each in tensors.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
+            return parse_header(stream, str(file))
+    except OSError as error:
         raise ModelSourceError(f"cannot read the header of {file}: {error}") from None
+
+
+def parse_header(stream: BinaryIO, name: str) -> Header:
+    """The header at the beginning of `stream`. Raises ModelSourceError if it is none."""
+    try:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > _MOST_HEADER_BYTES:
+            raise ValueError(f"a header of {length} bytes")
+        tensors = json.loads(stream.read(length))
+        return {
+            key: (str(each["dtype"]), (int(each["data_offsets"][0]), int(each["data_offsets"][1])))
+            for key, each in tensors.items()
+            if key != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
+        raise ModelSourceError(f"cannot read the header of {name}: {error}") from None
 
 
 def with_stored_weights(geometry: Geometry, stored: StoredWeights | None) -> Geometry:

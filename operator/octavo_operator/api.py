@@ -21,6 +21,8 @@ PLURAL = "inferenceservices"
 MAX_NAME_LENGTH = 40
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+# Sixteen nodes with sixteen GPUs each.
+GpuCount = Annotated[int, Field(ge=1, le=256)]
 LabelText = Annotated[str, Field(max_length=63)]
 QualifiedName = Annotated[str, Field(min_length=1, max_length=317)]
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
@@ -34,6 +36,8 @@ def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
 
 
 PRESERVE_UNKNOWN: dict[str, Any] = {"x-kubernetes-preserve-unknown-fields": True}
+# An object of the Kubernetes API, which the API server itself checks when it is applied.
+FreeObject = Annotated[dict[str, Any], Field(json_schema_extra=PRESERVE_UNKNOWN)]
 
 
 class Part(BaseModel):
@@ -65,14 +69,18 @@ class Model(Part):
     uri: str = Field(
         min_length=1,
         max_length=512,
-        description="Where the model is: hf://organisation/name for the Hugging Face hub, "
-        "pkg://python-package/file.gguf for a file that a Python package of the engine's image carries, or an "
-        "absolute path (or file://) in the engine's container, which podTemplate can mount.",
+        description="Where the model is: hf://organisation/name for the Hugging Face hub, s3://bucket/prefix for a "
+        "folder (or s3://bucket/file.gguf) in S3 or what speaks its protocol, oci://registry/repository:tag for an "
+        "artifact or image in a container registry, pkg://python-package/file.gguf for a file that a Python package of "
+        "the engine's image carries, or an absolute path (or file://) in the engine's container, which podTemplate can "
+        "mount.",
         json_schema_extra=rules(
             (
-                r"self.matches('^(hf://[^/@ ]+(/[^/@ ]+)?(@[^@ ]+)?|pkg://[^/ ]+/[^ ]+[.]gguf|(file://)?/[^ ]+)$')",
-                "model.uri must be hf://organisation/name[@revision], pkg://python-package/file.gguf, "
-                "or an absolute path",
+                r"self.matches('^(hf://[^/@ ]+(/[^/@ ]+)?(@[^@ ]+)?|s3://[a-z0-9][a-z0-9.-]+[a-z0-9](/[^ ]*)?|"
+                r"oci://(localhost|[^/@ ]*[.:][^/@ ]*)/[a-z0-9][a-z0-9._/-]*(:[a-zA-Z0-9_][a-zA-Z0-9_.-]*)?"
+                r"(@sha256:[0-9a-f]{64})?|pkg://[^/ ]+/[^ ]+[.]gguf|(file://)?/[^ ]+)$')",
+                "model.uri must be hf://organisation/name[@revision], s3://bucket/prefix, "
+                "oci://registry/repository:tag, pkg://python-package/file.gguf, or an absolute path",
             ),
         ),
     )
@@ -93,7 +101,9 @@ class Model(Part):
     )
     secret_ref: SecretReference | None = Field(
         None,
-        description="Secret whose keys become environment variables of the engine, such as HF_TOKEN for a gated model.",
+        description="Secret whose keys become environment variables of the engine: HF_TOKEN for a gated model; "
+        "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION and the like for s3://. For oci:// a "
+        "Secret of the type kubernetes.io/dockerconfigjson, such as an image pull secret.",
     )
 
 
@@ -135,6 +145,26 @@ class HardwareChoice(Part):
         "The others fill one type up to its devices before they take the next: Listed in the order of hardware.types, "
         "Fastest by predicted tokens per second, Cheapest by the pricePerHour of HardwareProfiles per predicted token. "
         "Absent: Even where hardware.types names several, else all replicas on the fastest type.",
+    )
+    gpus_per_replica: GpuCount | None = Field(
+        None,
+        description="GPUs of one replica, all of one type; absent: the fewest that hold the model. What one node does "
+        "not have is spread over several, which takes LeaderWorkerSets.",
+    )
+
+
+class Parallelism(Part):
+    """How a replica is spread over its GPUs. Absent: tensor parallelism over the fewest GPUs that hold the model."""
+
+    tensor: GpuCount | None = Field(
+        None,
+        description="GPUs that share each layer; it divides the attention heads. Best within one node. Absent: all "
+        "GPUs of a replica.",
+    )
+    pipeline: GpuCount | None = Field(
+        None,
+        description="Stages, each with its own layers on GPUs of its own. The engine serves 1, which is what absent "
+        "means; with more, the plan says that it does not.",
     )
 
 
@@ -275,6 +305,34 @@ class Scheduling(Part):
     )
 
 
+class NetworkPolicy(Part):
+    """Whom the engine pods may talk to; nothing else is let through, where the cluster's network enforces it."""
+
+    ingress_from: list[FreeObject] | None = Field(
+        None,
+        min_length=1,
+        max_length=64,
+        description="Who may connect to the API's port, as in ingress.from of a NetworkPolicy; absent: everybody. "
+        "A gateway and Prometheus have to be among them.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    egress: list[FreeObject] | None = Field(
+        None,
+        max_length=64,
+        description="Where the pods may connect to beside DNS, as in egress of a NetworkPolicy; absent: ports 80 and "
+        "443 of every address, where models come from. An empty list: nowhere.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+
+
+class Security(Part):
+    """What keeps others away from the engine."""
+
+    network_policy: NetworkPolicy | None = Field(
+        None, description="Makes NetworkPolicies for the engine pods; {} is one with all defaults. Absent: none."
+    )
+
+
 class PodTemplate(Part):
     """What is merged last into the engine pods; lists with names (containers, volumes, env) merge by name."""
 
@@ -293,12 +351,35 @@ class PodTemplate(Part):
 class InferenceServiceSpec(Part):
     """What to serve, and on what. Only the model is required; each absent field is Octavo's to decide."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!has(self.hardware) || !has(self.hardware.gpusPerReplica) || !has(self.parallelism) || "
+                "(has(self.parallelism.tensor) && has(self.parallelism.pipeline) "
+                "? self.parallelism.tensor * self.parallelism.pipeline == self.hardware.gpusPerReplica "
+                ": (!has(self.parallelism.tensor) "
+                "|| self.hardware.gpusPerReplica % self.parallelism.tensor == 0) && (!has(self.parallelism.pipeline) "
+                "|| self.hardware.gpusPerReplica % self.parallelism.pipeline == 0))",
+                "hardware.gpusPerReplica must be parallelism.tensor times parallelism.pipeline",
+            ),
+            (
+                "!has(self.hardware) || !has(self.hardware.types) || self.hardware.types != ['cpu'] || "
+                "((!has(self.hardware.gpusPerReplica) || self.hardware.gpusPerReplica == 1) && "
+                "(!has(self.parallelism) || ((!has(self.parallelism.tensor) || self.parallelism.tensor == 1) && "
+                "(!has(self.parallelism.pipeline) || self.parallelism.pipeline == 1))))",
+                "an engine on a CPU is not spread: hardware.types: [cpu] goes with no parallelism",
+            ),
+        )
+    )
+
     model: Model = Field(description="The model to serve.")
     hardware: HardwareChoice | None = Field(None, description="Which devices the model may run on.")
+    parallelism: Parallelism | None = Field(None, description="How a replica is spread over its GPUs.")
     engine: Engine | None = Field(None, description="How the engine runs.")
     scaling: Scaling | None = Field(None, description="How many replicas there are.")
     rollout: Rollout | None = Field(None, description="How a change reaches running pods.")
     scheduling: Scheduling | None = Field(None, description="Where engine pods may run.")
+    security: Security | None = Field(None, description="What keeps others away from the engine.")
     pod_template: PodTemplate | None = Field(
         None, description="Merged last into the engine pods, for what has no field of its own."
     )

@@ -14,7 +14,7 @@ from kubernetes.aio import client, config
 
 from octavo_operator.api import API_VERSION, KIND, PLURAL
 from octavo_operator.errors import ApiError, ConnectionSettingsError
-from octavo_operator.observe import Key, Manifest
+from octavo_operator.observe import LEADER_WORKER_SET_KIND, Key, Manifest
 from octavo_operator.profile_api import PROFILE_KIND, PROFILE_PLURAL
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,9 @@ HARDWARE_PROFILE = Kind(PROFILE_KIND, API_VERSION, PROFILE_PLURAL, is_namespaced
 SERVICE_ACCOUNT = Kind("ServiceAccount", "v1", "serviceaccounts")
 CONFIG_MAP = Kind("ConfigMap", "v1", "configmaps")
 SERVICE = Kind("Service", "v1", "services")
+NETWORK_POLICY = Kind("NetworkPolicy", "networking.k8s.io/v1", "networkpolicies")
 DEPLOYMENT = Kind("Deployment", "apps/v1", "deployments")
+LEADER_WORKER_SET = Kind(LEADER_WORKER_SET_KIND, "leaderworkerset.x-k8s.io/v1", "leaderworkersets")
 CLAIM_TEMPLATE = Kind("ResourceClaimTemplate", "resource.k8s.io/v1", "resourceclaimtemplates")
 RESOURCE_SLICE = Kind("ResourceSlice", "resource.k8s.io/v1", "resourceslices", is_namespaced=False)
 JOB = Kind("Job", "batch/v1", "jobs")
@@ -68,9 +70,11 @@ LEASE = Kind("Lease", "coordination.k8s.io/v1", "leases")
 EVENT = Kind("Event", "events.k8s.io/v1", "events")
 
 # What the operator creates; anything of these kinds with its labels is its own to change and delete.
-CHILD_KINDS = (SERVICE_ACCOUNT, CONFIG_MAP, CLAIM_TEMPLATE, SERVICE, DEPLOYMENT)
+CHILD_KINDS = (SERVICE_ACCOUNT, CONFIG_MAP, CLAIM_TEMPLATE, SERVICE, NETWORK_POLICY, DEPLOYMENT, LEADER_WORKER_SET)
+# Those of them that make pods.
+WORKLOAD_KINDS = (DEPLOYMENT, LEADER_WORKER_SET)
 # What a cluster may lack, or keep from the operator: it does without.
-OPTIONAL_KINDS = (HARDWARE_PROFILE, RESOURCE_SLICE, CLAIM_TEMPLATE)
+OPTIONAL_KINDS = (HARDWARE_PROFILE, RESOURCE_SLICE, CLAIM_TEMPLATE, LEADER_WORKER_SET)
 KINDS = {
     kind.name: kind
     for kind in (INFERENCE_SERVICE, HARDWARE_PROFILE, *CHILD_KINDS, JOB, POD, NODE, RESOURCE_SLICE, LEASE, EVENT)

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 from octavo_operator.api import API_VERSION, KIND
 from octavo_operator.decision import Variant
-from octavo_operator.observe import MANAGED_BY, SERVICE_LABEL, Key, Manifest
+from octavo_operator.observe import MANAGED_BY, SERVICE_LABEL, WORKER_LABEL, Key, Manifest
 
 PORT = 8000
+# A label of 63 characters holds this, the number of a group below 1,000 and the hash of a StatefulSet's revision.
+_MAX_SET_NAME = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,26 @@ def variant_name(owner: Owner, variant: Variant) -> str:
     return f"{owner.key.name}-{variant.node_type.name}"
 
 
+def leader_worker_set_name(owner: Owner, variant: Variant) -> str:
+    """Name of the LeaderWorkerSet of a variant, short enough for the labels that are made of it.
+
+    Its controller makes a headless Service of the same name, which must not be another resource's.
+    """
+    name = f"{variant_name(owner, variant)}-group"
+    if len(name) <= _MAX_SET_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:6]
+    return f"{name[: _MAX_SET_NAME - 7].rstrip('-')}-{digest}"
+
+
+def worker_labels(key: Key) -> dict[str, str]:
+    """Of the pods of a replica that answer no requests."""
+    return {**MANAGED_BY, WORKER_LABEL: key.name}
+
+
 def claim_template_name(owner: Owner, variant: Variant) -> str:
-    """Another name for another selector, since the spec of a template cannot be changed."""
+    """Another name for another selector or count, since the spec of a template cannot be changed."""
     claim = variant.node_type.claim
-    digest = hashlib.sha256((claim.selector if claim else "").encode()).hexdigest()[:6]
+    several = f" x{variant.requests.num_gpus}" if variant.requests.num_gpus > 1 else ""
+    digest = hashlib.sha256(f"{claim.selector if claim else ''}{several}".encode()).hexdigest()[:6]
     return f"{variant_name(owner, variant)}-{digest}"

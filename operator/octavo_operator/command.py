@@ -1,6 +1,8 @@
 """`octavo operator`: the flags, and nothing else."""
 
 import logging
+import signal
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -104,6 +106,8 @@ def operator(
     log_level: str,
 ) -> None:
     """Run the Kubernetes operator: reconcile InferenceServices into engine pods."""
+    # The first process of a container ignores signals that it does not handle, and what follows takes a second.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if namespace and all_namespaces:
         raise click.UsageError("--namespace and --all-namespaces exclude each other")
     configure_logging(log_level)

@@ -6,11 +6,12 @@ true without somebody's help; at most one of the two is True, and neither is whi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal
 
 from octavo_operator.api import InferenceServiceSpec
-from octavo_operator.decision import Plan
-from octavo_operator.observe import DeploymentState, PodState
+from octavo_operator.decision import Plan, workload_kind
+from octavo_operator.observe import PodState, WorkloadState
 from octavo_operator.plan import wanted_replicas
 from octavo_operator.status_api import Condition
 
@@ -47,7 +48,7 @@ def invalid_spec_conditions(message: str, generation: int, previous: Sequence[Co
 def make_conditions(
     spec: InferenceServiceSpec,
     plan: Plan,
-    deployments: Sequence[DeploymentState],
+    workloads: Sequence[WorkloadState],
     pods: Sequence[PodState],
     failure: Failure | None,
     generation: int,
@@ -55,12 +56,12 @@ def make_conditions(
     now: str,
 ) -> list[Condition]:
     """All conditions, in a fixed order; lastTransitionTime is `now` only where the status changed."""
-    verdict = judge(spec, plan, deployments, pods, failure)
+    verdict = judge(spec, plan, workloads, pods, failure, now)
     facts = {
         "Accepted": ("True", "Valid", "the spec is valid"),
         "HardwareMatched": _hardware_matched(plan),
         "ModelFits": _model_fits(plan),
-        "Available": _available(plan, deployments),
+        "Available": _available(plan, workloads),
         "PlanOutdated": _plan_outdated(plan),
     }
     return _conditions(verdict, facts, generation, previous, now)
@@ -69,9 +70,10 @@ def make_conditions(
 def judge(
     spec: InferenceServiceSpec,
     plan: Plan,
-    deployments: Sequence[DeploymentState],
+    workloads: Sequence[WorkloadState],
     pods: Sequence[PodState],
     failure: Failure | None,
+    now: str,
 ) -> Verdict:
     """Ready, reconciling or stalled, and why."""
     if failure is not None:
@@ -80,7 +82,7 @@ def judge(
         return Verdict("stalled", plan.problem.reason, plan.problem.message)
     if spec.plan_only:
         return Verdict("ready", "PlanOnly", f"planned for {plan.hardware}; planOnly creates nothing")
-    unfinished = _unfinished(plan, deployments, pods)
+    unfinished = _unfinished(plan, workloads, pods, now)
     if unfinished is not None:
         return unfinished
     if spec.suspend:
@@ -90,25 +92,41 @@ def judge(
     return Verdict("ready", "Serving", f"all replicas are ready: {plan.hardware}")
 
 
-def _unfinished(plan: Plan, deployments: Sequence[DeploymentState], pods: Sequence[PodState]) -> Verdict | None:
-    by_type = {each.node_type: each for each in deployments}
+def seconds_to_deadline(plan: Plan, workloads: Sequence[WorkloadState], now: str) -> float | None:
+    """Until a step that nobody else watches has taken too long; None if there is no such step."""
+    deadlines = {(each.node_type.name, workload_kind(each)): each.deadline_s for each in plan.variants}
+    left = [
+        deadlines[each.node_type, each.kind] - _age_s(each.progress_since, now)
+        for each in workloads
+        if each.progress_since and (each.node_type, each.kind) in deadlines
+    ]
+    return min((each for each in left if each >= 0), default=None)
+
+
+def _unfinished(plan: Plan, workloads: Sequence[WorkloadState], pods: Sequence[PodState], now: str) -> Verdict | None:
+    by_type = {(each.node_type, each.kind): each for each in workloads}
     for variant in plan.variants:
-        name = variant.node_type.name
-        state = by_type.get(name)
+        name, kind = variant.node_type.name, workload_kind(variant)
+        state = by_type.get((name, kind))
         if state is None or not state.is_current:
-            return Verdict("reconciling", "Applying", f"the Deployment for {name} is being updated")
+            return Verdict("reconciling", "Applying", f"the {kind} for {name} is being updated")
         trouble = _trouble(state, [pod for pod in pods if pod.node_type == name])
         if state.is_complete and state.desired == variant.replicas:
             continue
         progress = f"{state.available} of {variant.replicas} replicas ready on {name}, {state.updated} up to date"
-        if state.is_past_deadline:
+        if state.is_past_deadline or _age_s(state.progress_since, now) > variant.deadline_s:
             text = f"no progress for {variant.deadline_s} s: {progress}{trouble}"
             return Verdict("stalled", "ProgressDeadlineExceeded", text)
         return Verdict("reconciling", "RollingOut", f"{progress}{trouble}")
     return None
 
 
-def _trouble(state: DeploymentState, pods: Sequence[PodState]) -> str:
+def _age_s(since: str, now: str) -> float:
+    """Seconds between two times of the API; 0 without the first."""
+    return (datetime.fromisoformat(now) - datetime.fromisoformat(since)).total_seconds() if since else 0.0
+
+
+def _trouble(state: WorkloadState, pods: Sequence[PodState]) -> str:
     """The first thing that is wrong, to be put behind a sentence."""
     if state.failure:
         return f"; {state.failure}"
@@ -122,14 +140,14 @@ def _hardware_matched(plan: Plan) -> tuple[Status, str, str]:
         return "True", "Matched", f"runs on {plan.hardware}"
     if problem is not None and problem.reason in ("NoNodes", "NoFittingHardware", "HardwareAway"):
         return "False", problem.reason, problem.message
-    if problem is not None and problem.reason == "ModelDoesNotFit":
+    if problem is not None and problem.reason in ("ModelDoesNotFit", "LeaderWorkerSetMissing"):
         return "True", "Matched", "the cluster has nodes of the types that are allowed"
     return "Unknown", "NotPlanned", "no node type was looked for"
 
 
 def _model_fits(plan: Plan) -> tuple[Status, str, str]:
     problem = plan.problem
-    if problem is not None and problem.reason in ("ModelDoesNotFit", "ModelNotSupported"):
+    if problem is not None and problem.reason in ("ModelDoesNotFit", "LeaderWorkerSetMissing", "ModelNotSupported"):
         return "False", problem.reason, problem.message
     if plan.model.geometry is None:
         is_guess = plan.variants and plan.model.reason != "Inspecting"
@@ -142,8 +160,8 @@ def _model_fits(plan: Plan) -> tuple[Status, str, str]:
     return "True", "Fits", f"on {smallest.node_type.name}: {limits}"
 
 
-def _available(plan: Plan, deployments: Sequence[DeploymentState]) -> tuple[Status, str, str]:
-    ready = sum(each.ready for each in deployments)
+def _available(plan: Plan, workloads: Sequence[WorkloadState]) -> tuple[Status, str, str]:
+    ready = sum(each.ready for each in workloads)
     if ready:
         return "True", "Serving", f"{ready} of {plan.num_replicas} replicas answer requests"
     return "False", "NoReadyReplica", "no replica answers requests"

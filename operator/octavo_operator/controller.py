@@ -4,6 +4,9 @@ import asyncio
 import contextlib
 import logging
 import random
+import signal
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,8 @@ logger = logging.getLogger(__name__)
 # Nodes come and change in swarms: when a cluster grows, when a driver is rolled out.
 _NODES_DEBOUNCE_S = 0.5
 _LIST_RETRY_S = 2.0
+# How soon a CRD is noticed that was installed while the operator runs.
+_KINDS_POLL_S = 30.0
 # Longer than any pass takes, with all its requests at their limits.
 _STUCK_AFTER_S = 300.0
 _CRD_WAIT_S = 60.0
@@ -81,18 +86,33 @@ class Controller:
         self._rng = random.Random()
         self._synced = asyncio.Event()
         self._is_leading = False
+        self._life: asyncio.Task[None] | None = None
         self._watches: asyncio.Task[Any] | None = None
         self._last_listed = 0.0
         self._last_progress = 0.0
         self._nodes_timer: asyncio.TimerHandle | None = None
         # Those that the cluster has, and lets this operator read.
         self._kinds = frozenset(KINDS.values())
+        # Those that the cluster lacks: their CRDs may come.
+        self._absent: set[Kind] = set()
         self._node_file = NodeFile(settings.nodes_file) if settings.nodes_file else None
         if self._node_file:
             self._kinds -= {NODE}
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT. Raises OperatorError where there is nothing to run against."""
+        self._life = asyncio.create_task(self._live(), name="life")
+        self._take_signals()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._life
+
+    def _take_signals(self) -> None:
+        """Have a signal end everything at once, whatever is under way: each pass can be repeated."""
+        assert self._life is not None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._life.cancel)
+
+    async def _live(self) -> None:
         settings = self._settings
         async with ApiServer(settings.kubeconfig) as api:
             runner, port = await serve_probes(
@@ -134,35 +154,87 @@ class Controller:
             await asyncio.sleep(1.0)
 
     async def _find_kinds(self, api: ApiServer) -> None:
-        """Leave out the optional kinds that cannot be read: an older cluster, or a namespaced installation."""
-        for kind in OPTIONAL_KINDS:
-            namespace = self._settings.namespace if kind.is_namespaced else None
+        """Which optional kinds can be read: not so in an older cluster, or in a namespaced installation."""
+        found, absent, waiting = set(self._kinds), set(), list(OPTIONAL_KINDS)
+        while waiting:
+            kind = waiting[0]
             try:
-                await api.list(kind, namespace)
-            except ApiError as error:
-                if error.status not in (403, 404):
-                    raise
-                self._kinds -= {kind}
-                logger.warning("%s objects are not read: %s", kind.name, error)
+                problem = await self._problem_with(api, kind)
+            except (ApiError, *UNREACHABLE) as error:
+                # A CRD that was installed a moment ago has storage that is still being made.
+                logger.info("waiting for the API server: %s", error or type(error).__name__)
+                await asyncio.sleep(1.0)
+                continue
+            waiting.remove(kind)
+            if problem is None:
+                found.add(kind)
+                continue
+            found.discard(kind)
+            if problem.status == 404:
+                absent.add(kind)
+                logger.info("the cluster has no %s objects; they are read once their CRD is there", kind.name)
+            else:
+                logger.warning("%s objects are not read: %s", kind.name, problem)
+        self._kinds, self._absent = frozenset(found), absent
+
+    async def _problem_with(self, api: ApiServer, kind: Kind) -> ApiError | None:
+        """Why objects of an optional kind cannot be read; None if they can."""
+        try:
+            await api.list(kind, self._settings.namespace if kind.is_namespaced else None, MANAGED_SELECTOR)
+        except ApiError as error:
+            if error.status not in (403, 404):
+                raise
+            return error
+        return None
+
+    async def _appearance(self, api: ApiServer) -> None:
+        """Returns when the cluster has an optional kind that it lacked: its CRD was installed."""
+        while True:
+            await asyncio.sleep(min(_KINDS_POLL_S, self._settings.resync_s))
+            for kind in tuple(self._absent):
+                with contextlib.suppress(ApiError, *UNREACHABLE):
+                    if await self._problem_with(api, kind) is None:
+                        return
 
     async def _run(self, api: ApiServer) -> None:
-        settings = self._settings
-        reconciler = Reconciler(api, self._store, self._geometry, settings.defaults, self._metrics)
-        registry = make_registry(api, self._store, self._queue.add, self._nodes_changed, self._kinds)
+        reconciler = Reconciler(
+            api, self._store, self._geometry, self._settings.defaults, self._metrics, lambda: self._kinds
+        )
         resync = asyncio.create_task(self._resync(api), name="resync")
         lead = asyncio.create_task(self._contend(api, reconciler), name="lead")
-        # Last, since kopf counts every task that starts later as its own, and ends it.
-        self._watches = asyncio.create_task(
-            kopf.operator(
-                registry=registry,
-                settings=make_settings(),
-                clusterwide=settings.namespace is None,
-                namespaces=[settings.namespace] if settings.namespace else [],
-                standalone=True,
-            ),
-            name="watches",
+        watched: frozenset[Kind] | None = None
+        try:
+            while watched != self._kinds:
+                watched = self._kinds
+                self._watches = asyncio.create_task(self._watch(api, watched), name="watches")
+                await asyncio.wait({self._watches, resync, lead}, return_when=asyncio.FIRST_COMPLETED)
+                for task in (lead, resync):
+                    if task.done():
+                        task.result()
+                await self._find_kinds(api)
+                self._enqueue_all()
+            assert self._watches is not None
+            self._watches.result()
+        finally:
+            # The leader first: it gives its Lease back.
+            for task in filter(None, (lead, resync, self._watches)):
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    async def _watch(self, api: ApiServer, kinds: Collection[Kind]) -> None:
+        """Have kopf watch these kinds, until there is another optional one, or one of them has gone."""
+        namespace = self._settings.namespace
+        registry = make_registry(api, self._store, self._queue.add, self._nodes_changed, kinds)
+        tasks = await kopf.spawn_tasks(
+            registry=registry,
+            settings=make_settings(),
+            clusterwide=namespace is None,
+            namespaces=[namespace] if namespace else [],
+            standalone=True,
         )
-        tasks = {self._watches, resync, lead}
+        # Kopf has taken them, and would take five seconds to end.
+        self._take_signals()
+        tasks = [*tasks, asyncio.create_task(self._appearance(api), name="appearance")]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -170,7 +242,6 @@ class Controller:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         for task in done:
-            # Kopf returns on a signal: that is the regular end.
             task.result()
 
     async def _contend(self, api: ApiServer, reconciler: Reconciler) -> None:
@@ -189,8 +260,7 @@ class Controller:
         self._is_leading = True
         self._metrics.is_leader.set(1)
         self._last_progress = asyncio.get_running_loop().time()
-        for key in (PROFILES, *self._store.resource_keys()):
-            self._queue.add(key)
+        self._enqueue_all()
         try:
             async with asyncio.TaskGroup() as workers:
                 for _ in range(self._settings.num_workers):
@@ -243,21 +313,30 @@ class Controller:
         if self._store.replace_nodes(nodes, nodes_version) and not is_first:
             self._nodes_changed()
         for kind in self._kinds & {HARDWARE_PROFILE, RESOURCE_SLICE}:
-            items, version = await api.list(kind)
-            if self._store.replace(kind, items, version) and not is_first:
+            if self._store.replace(kind, *await self._list(api, kind)) and not is_first:
                 self._nodes_changed()
         for kind in (POD, *CHILD_KINDS, INFERENCE_SERVICE):
-            if kind not in self._kinds:
-                continue
-            selector = "" if kind is INFERENCE_SERVICE else MANAGED_SELECTOR
-            items, version = await api.list(kind, self._settings.namespace, selector)
-            self._note_missed(kind, self._store.replace(kind, items, version), is_first=is_first)
+            if kind in self._kinds:
+                self._note_missed(kind, self._store.replace(kind, *await self._list(api, kind)), is_first=is_first)
         self._synced.set()
         self._last_listed = asyncio.get_running_loop().time()
         keys = self._store.resource_keys()
         for key in keys:
             # Spread over a tenth of the period, so that a resync is no burst.
             self._queue.add_after(key, 0.0 if is_first else self._rng.uniform(0, self._settings.resync_s / 10))
+
+    async def _list(self, api: ApiServer, kind: Kind) -> tuple[list[dict[str, Any]], int]:
+        """What there is of a kind; nothing of an optional one whose CRD has gone."""
+        selector = MANAGED_SELECTOR if kind in (POD, *CHILD_KINDS) else ""
+        try:
+            return await api.list(kind, self._settings.namespace if kind.is_namespaced else None, selector)
+        except ApiError as error:
+            if error.status != 404 or kind not in OPTIONAL_KINDS:
+                raise
+            self._kinds -= {kind}
+            self._absent.add(kind)
+            self._enqueue_all()
+            return [], sys.maxsize
 
     def _note_missed(self, kind: Kind, unseen: list[dict[str, Any]], *, is_first: bool) -> None:
         if is_first:
@@ -275,10 +354,13 @@ class Controller:
 
         def enqueue_all() -> None:
             self._nodes_timer = None
-            for key in (PROFILES, *self._store.resource_keys()):
-                self._queue.add(key)
+            self._enqueue_all()
 
         self._nodes_timer = asyncio.get_running_loop().call_later(_NODES_DEBOUNCE_S, enqueue_all)
+
+    def _enqueue_all(self) -> None:
+        for key in (PROFILES, *self._store.resource_keys()):
+            self._queue.add(key)
 
     def health_problem(self) -> str:
         """Why this process should be restarted."""
@@ -303,5 +385,4 @@ class Controller:
 
 def run_operator(settings: OperatorSettings, resolve: Resolver) -> None:
     """Run until a signal ends it."""
-    with contextlib.suppress(asyncio.CancelledError, KeyboardInterrupt):
-        asyncio.run(Controller(settings, resolve).run())
+    asyncio.run(Controller(settings, resolve).run())

@@ -10,7 +10,8 @@ from octavo_engine.capacity import Capacity
 from octavo_engine.config import EngineConfig
 
 from octavo_operator.nodes import NodeType
-from octavo_operator.observe import ModelGeometry
+from octavo_operator.observe import LEADER_WORKER_SET_KIND, ModelGeometry
+from octavo_operator.parallelism import Split, split_of
 from octavo_operator.quantities import GIB
 
 ProblemReason = Literal[
@@ -18,6 +19,7 @@ ProblemReason = Literal[
     "NoFittingHardware",
     "HardwareAway",
     "ModelDoesNotFit",
+    "LeaderWorkerSetMissing",
     "ModelNotSupported",
     "ModelNotFound",
     "ModelAccessDenied",
@@ -35,7 +37,7 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """What one engine pod asks of its node."""
+    """What one engine pod asks of its node; a replica over several nodes has one on each."""
 
     cpu_millicores: int
     memory_bytes: int
@@ -44,7 +46,7 @@ class Requests:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """The engines of one node type: one Deployment.
+    """The engines of one node type: one Deployment, or one LeaderWorkerSet where a replica takes several nodes.
 
     capacity:  None while the geometry is unknown; the engine then decides its limits itself
     startup_s: seconds that loading may take
@@ -74,12 +76,22 @@ class Variant:
         return json.dumps(parts)
 
     @property
+    def split(self) -> Split:
+        """Over how many GPUs and nodes a replica is spread."""
+        return split_of(self.config)
+
+    @property
     def reserve_bytes(self) -> int:
         """What the engine may take but does not plan to."""
         if self.capacity is None:
             return 0
         total = int((self.config.memory_gib or 0) * GIB) or self.node_type.memory_bytes
         return max(0, total - self.capacity.total_bytes)
+
+
+def workload_kind(variant: Variant) -> str:
+    """The kind of object that makes its pods."""
+    return LEADER_WORKER_SET_KIND if variant.split.num_nodes > 1 else "Deployment"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,10 @@ from octavo_operator.observe import Key, Manifest
 logger = logging.getLogger(__name__)
 
 
+# A process that ends does not wait for long: without its word the Lease runs out.
+_RELEASE_S = 2.0
+
+
 @dataclass(frozen=True, slots=True)
 class LeaseTimes:
     """In seconds; retry < renew deadline < lease duration."""
@@ -156,7 +160,7 @@ class LeaderElector:
         if self._seen[0] != self.identity:
             return
         try:
-            async with asyncio.timeout(self._times.retry_s):
+            async with asyncio.timeout(min(self._times.retry_s, _RELEASE_S)):
                 found = await self._api.get(LEASE, self._lease)
                 if found is not None and found["spec"].get("holderIdentity") == self.identity:
                     found["spec"]["holderIdentity"] = ""

@@ -1,6 +1,6 @@
 """Errors of the operator. Each says in one sentence what went wrong and what its reader can do about it."""
 
-from octavo_engine.errors import OctavoError
+from octavo_engine.errors import CapacityError, OctavoError
 from pydantic import ValidationError
 
 
@@ -22,6 +22,17 @@ class ProfileError(OperatorError):
 
 class NothingFitsError(OperatorError):
     """`octavo plan` found no node type for the model."""
+
+
+class NoLeaderWorkerSetsError(CapacityError):
+    """A model would fit over several nodes, but the cluster has nothing that starts an engine there."""
+
+    def __init__(self, split: str) -> None:
+        super().__init__(
+            f"the model takes {split}, and an engine over several nodes is a LeaderWorkerSet, which this cluster does "
+            "not have or does not let Octavo use: install it from https://lws.sigs.k8s.io, or offer nodes with more "
+            "or larger GPUs"
+        )
 
 
 class ConnectionSettingsError(OperatorError):

@@ -8,6 +8,7 @@ from octavo_operator.api import InferenceServiceSpec
 from octavo_operator.decision import Plan, Problem
 from octavo_operator.fit import Candidate, smallest_fitting_hardware
 from octavo_operator.nodes import NodeType, NodeTypes
+from octavo_operator.parallelism import asked_split
 from octavo_operator.placement import named_types, num_free, preference, price_per_hour
 from octavo_operator.profiles import HardwareTable
 from octavo_operator.quantities import MIB, format_gib
@@ -62,7 +63,7 @@ def why_chosen(
     """Why replicas run on a node type."""
     node_type = candidate.node_type
     recognised = f" ({node_type.recognised_by})" if not node_type.is_exact else ""
-    return _why_chosen(spec, candidate, ranked, running, table) + recognised
+    return _why_chosen(spec, candidate, ranked, running, table) + recognised + _why_split(spec, candidate)
 
 
 def _why_chosen(
@@ -90,6 +91,14 @@ def _why_chosen(
     return f"the {best} of {len(ranked)} that fit: {_speed(candidate)}"
 
 
+def _why_split(spec: InferenceServiceSpec, candidate: Candidate) -> str:
+    """Why a replica takes several GPUs; nothing where it takes one."""
+    if candidate.split.num_gpus == 1:
+        return ""
+    reason = "fewer do not hold the model" if asked_split(spec).is_open else f"the spec asks for {asked_split(spec)}"
+    return f"; a replica takes {candidate.split}: {reason}"
+
+
 def _place(candidate: Candidate, spec: InferenceServiceSpec) -> int:
     return [candidate.node_type.is_called(name) for name in named_types(spec)].index(True)
 
@@ -100,7 +109,7 @@ def _speed(candidate: Candidate) -> str:
 
 
 def _price(candidate: Candidate, table: HardwareTable) -> str:
-    price = price_per_hour(candidate.node_type, table)
+    price = price_per_hour(candidate, table)
     return "no HardwareProfile states its price" if price is None else f"{price:,.2f} an hour"
 
 

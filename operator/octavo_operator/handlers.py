@@ -115,6 +115,8 @@ def make_settings() -> kopf.OperatorSettings:
     settings.posting.enabled = False
     settings.scanning.disabled = True
     settings.peering.standalone = True
+    # Watches end where others begin, and the process lives on.
+    settings.process.ultimate_exiting_timeout = None
     settings.watching.server_timeout = 120
     settings.watching.client_timeout = 150
     settings.watching.connect_timeout = 5

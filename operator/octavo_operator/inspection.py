@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from octavo_engine.errors import SourceReason
 from octavo_engine.geometry import geometry_from_data
@@ -17,7 +17,7 @@ from octavo_operator.api import GROUP, InferenceServiceSpec, Scheduling
 from octavo_operator.children import Owner, owner_references
 from octavo_operator.fit import model_address
 from octavo_operator.merge import merge
-from octavo_operator.modelgeometry import REFUSALS, has_own_key, is_in_container, read_geometry
+from octavo_operator.modelgeometry import REFUSALS, has_own_key, read_geometry, why_not_read
 from octavo_operator.nodes import GPU_TAINT
 from octavo_operator.observe import MANAGED_BY, Manifest, ModelGeometry
 from octavo_operator.pods import CACHE_FOLDER, CONTAINER, CONTAINER_SECURITY, POD_SECURITY, environment, user_template
@@ -37,7 +37,7 @@ def needs_inspection(spec: InferenceServiceSpec, model: ModelGeometry) -> bool:
         return False
     is_package = spec.model.uri.startswith("pkg://") and model.reason == "ModelUnreadable"
     has_key = model.reason in REFUSALS and has_own_key(spec)
-    return is_in_container(spec.model.uri) or is_package or has_key
+    return why_not_read(spec.model.uri) is not None or is_package or has_key
 
 
 def inspection_job(owner: Owner, spec: InferenceServiceSpec, image: str) -> Manifest:
@@ -150,6 +150,6 @@ def _read_answer(message: str, name: str) -> ModelGeometry | None:
     problem, reason = str(data.get("message", "")), data.get("reason")
     if reason == "ModelNotSupported":
         return ModelGeometry(problem=problem, is_unsupported=True)
-    if reason in ("HubRateLimited", "HubUnavailable", *_FINAL):
+    if reason in get_args(SourceReason):
         return ModelGeometry(problem=problem, is_unsupported=reason in _FINAL, reason=cast("SourceReason", reason))
     return None

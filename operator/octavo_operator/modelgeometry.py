@@ -6,7 +6,9 @@ here, and is not looked for in the operator's file system.
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from octavo_engine.errors import ModelSourceError, OctavoError, UnsupportedModelError
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 Resolver = Callable[[str], Geometry]
 
 IN_CONTAINER = "a path in the engine's container cannot be read by the operator"
+WITH_ENGINES_KEYS = "s3:// and oci:// are read with the engine's credentials, which the operator does not have"
 # The hub's last word to somebody without a token; an engine with the same rights would end with it again and again.
 REFUSALS = frozenset({"ModelNotFound", "ModelAccessDenied"})
 
@@ -58,8 +61,9 @@ class GeometryReader:
 
     async def read(self, address: str) -> ModelGeometry:
         """The geometry of the model at `address`, or why it is not known. Does not raise."""
-        if is_in_container(address):
-            return ModelGeometry(problem=IN_CONTAINER)
+        problem = why_not_read(address)
+        if problem:
+            return ModelGeometry(problem=problem)
         known = self._entries.get(address)
         if known is not None and known.expires > _now():
             return known.result
@@ -79,7 +83,7 @@ class GeometryReader:
     async def _read(self, address: str) -> ModelGeometry:
         try:
             async with asyncio.timeout(self._timeout_s):
-                result = await asyncio.to_thread(read_geometry, self._resolve, address)
+                result = await _in_thread(lambda: read_geometry(self._resolve, address))
         except TimeoutError:
             problem = f"{address} did not answer within {self._timeout_s:.0f} s"
             result = ModelGeometry(problem=problem, reason="HubUnavailable")
@@ -97,6 +101,21 @@ class GeometryReader:
         return _Entry(result, _now() + wait_s, min(num_before + 1, 32))
 
 
+async def _in_thread(read: Callable[[], ModelGeometry]) -> ModelGeometry:
+    """`asyncio.to_thread` with a thread that the process's end does not wait for: a hub may hang for minutes."""
+    future: Future[ModelGeometry] = Future()
+
+    def run() -> None:
+        future.set_running_or_notify_cancel()
+        try:
+            future.set_result(read())
+        except Exception as error:  # noqa: BLE001 - whoever waits gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="geometry", daemon=True).start()
+    return await asyncio.wrap_future(future)
+
+
 def _now() -> float:
     return asyncio.get_running_loop().time()
 
@@ -104,6 +123,16 @@ def _now() -> float:
 def is_in_container(address: str) -> bool:
     """Whether the model lies in a file system that only the engine has."""
     return address.startswith(("/", "file://"))
+
+
+def why_not_read(address: str) -> str | None:
+    """Why only an engine's pod can read the model; None if the operator can.
+
+    Its own credentials are no substitute: with another endpoint the same bucket is another one.
+    """
+    if address.startswith(("s3://", "oci://")):
+        return WITH_ENGINES_KEYS
+    return IN_CONTAINER if is_in_container(address) else None
 
 
 def read_geometry(resolve: Resolver, address: str) -> ModelGeometry:
@@ -131,8 +160,8 @@ def stated_geometry(spec: InferenceServiceSpec) -> ModelGeometry | None:
 
 
 def with_refusal(model: ModelGeometry, spec: InferenceServiceSpec) -> ModelGeometry:
-    """A hub's refusal is final, unless the engine has a key that the operator has not."""
-    if model.geometry is not None or model.reason not in REFUSALS or has_own_key(spec):
+    """A hub's refusal is final, unless the engine has a key that the reader has not."""
+    if model.geometry is not None or model.reason not in REFUSALS or has_own_key(spec) or why_not_read(spec.model.uri):
         return model
     return replace(model, is_unsupported=True)
 

@@ -1,69 +1,42 @@
-"""What a model would need that no engine runs: too large for one device, or of a kind that the engine lacks. Pure."""
+"""What a model would need that does not run: more GPUs than there are, or an engine that knows it. Pure."""
 
-from octavo_engine.capacity import Parallelism, find_parallelism, plan_capacity
+from dataclasses import replace
+
 from octavo_engine.errors import CapacityError
 from octavo_engine.geometry import Geometry
 
-from octavo_operator.api import Engine, InferenceServiceSpec
-from octavo_operator.fit import CPU_NODE_SHARE, MEMORY_UTILIZATION, data_types, limits_of
-from octavo_operator.nodes import NodeType
+from octavo_operator.api import InferenceServiceSpec
+from octavo_operator.fit import Candidate, fit
+from octavo_operator.nodes import NodeDevices, NodeType
+from octavo_operator.parallelism import MOST_NODES
 from octavo_operator.quantities import format_gib
 
 
-def on_more_devices(spec: InferenceServiceSpec, node_type: NodeType, geometry: Geometry) -> str:
-    """How many GPUs of that type would hold a model that one does not, in a sentence; empty where none would."""
+def on_more_nodes(spec: InferenceServiceSpec, node_type: NodeType, geometry: Geometry) -> str:
+    """How many GPUs of that type would hold a model that all of its nodes do not; empty where none would."""
     if not node_type.is_gpu:
         return ""
     try:
-        found = _parallelism(spec, node_type, geometry)
+        found = _with_enough(spec, node_type, geometry)
     except CapacityError:
         return ""
-    return f"; it would fit on {_devices(found)}, but an engine uses one GPU"
+    return f"; it would fit on {found.split}" if found.split.num_nodes > node_type.num_nodes else ""
 
 
 def what_it_needs(spec: InferenceServiceSpec, node_type: NodeType, geometry: Geometry) -> str:
     """The memory of a model that cannot be served, on that node type, in a sentence."""
     try:
-        found = _parallelism(spec, node_type, geometry)
+        found = _with_enough(spec, node_type, geometry)
     except CapacityError as error:
         return str(error)
     capacity = found.capacity
-    place = _devices(found) if node_type.is_gpu else "a node"
-    weights = f"{format_gib(capacity.weight_bytes)} of weights{' in each' if found.num_devices > 1 else ''}"
+    assert capacity is not None
+    place = str(found.split) if node_type.is_gpu else "a node"
+    weights = f"{format_gib(capacity.weight_bytes)} of weights{' in each' if found.split.num_gpus > 1 else ''}"
     return f"it would fit on {place}: {weights}, and KV cache for {capacity.num_kv_tokens:,} tokens"
 
 
-def _parallelism(spec: InferenceServiceSpec, node_type: NodeType, geometry: Geometry) -> Parallelism:
-    engine = spec.engine or Engine()
-    dtype, kv_cache_dtype = data_types(engine, node_type.hardware, geometry)
-    limits = limits_of(engine)
-    if not node_type.is_gpu:
-        memory = int(node_type.memory_bytes * CPU_NODE_SHARE)
-        capacity = plan_capacity(
-            geometry,
-            node_type.hardware,
-            memory,
-            dtype=dtype,
-            kv_cache_dtype=kv_cache_dtype,
-            limits=limits,
-            memory_utilization=MEMORY_UTILIZATION,
-        )
-        return Parallelism(1, 1, capacity)
-    return find_parallelism(
-        geometry,
-        node_type.hardware,
-        node_type.memory_bytes,
-        devices_per_node=max(1, node_type.num_devices // max(node_type.num_nodes, 1)),
-        dtype=dtype,
-        kv_cache_dtype=kv_cache_dtype,
-        limits=limits,
-        memory_utilization=MEMORY_UTILIZATION,
-    )
-
-
-def _devices(found: Parallelism) -> str:
-    if found.num_devices == 1:
-        return "one GPU"
-    if found.pipeline == 1:
-        return f"{found.num_devices} GPUs of a node"
-    return f"{found.num_devices} GPUs, {found.tensor} in each of {found.pipeline} nodes"
+def _with_enough(spec: InferenceServiceSpec, node_type: NodeType, geometry: Geometry) -> Candidate:
+    """As if there were as many nodes of the type as an engine can take."""
+    nodes = (NodeDevices(node_type.devices_per_node),) * MOST_NODES
+    return fit(spec, replace(node_type, devices=nodes), geometry)

@@ -4,7 +4,7 @@ A node type is what one engine configuration is right for: same device (or slice
 architecture, asked for in the same way. What a node offers is in `offers.py`.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -24,6 +24,14 @@ GPU_TAINT = GPU_RESOURCE
 MIN_DRIVER_MAJOR = 580
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class NodeDevices:
+    """Equal devices of one node: all of them, and those that engines of other resources hold."""
+
+    total: int
+    taken: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class NodeType:
     """Devices that are equal to an engine.
@@ -40,10 +48,9 @@ class NodeType:
     memory_bytes:    of one device as a pod gets it (a MIG slice, a share); for cpu the largest node's allocatable
     cpu_millicores:  allocatable on the smallest of the nodes that have that memory
     host_memory_bytes: allocatable on the smallest node
-    num_nodes:       that are ready and take pods
     num_away:        that are not ready, or cordoned
-    num_devices:     on ready nodes; for cpu the nodes themselves
-    num_taken:       engines of other resources that serve on them
+    devices:         of each node that is ready and takes pods, most first; for cpu the node itself
+    devices_per_node: on the largest node, even if it is away
     min_driver_major: what pods have to demand of their node's driver; 0 where the nodes do not tell their drivers
     """
 
@@ -60,11 +67,25 @@ class NodeType:
     memory_bytes: int
     cpu_millicores: int
     host_memory_bytes: int
-    num_nodes: int
     num_away: int
-    num_devices: int
-    num_taken: int = 0
+    devices: tuple[NodeDevices, ...] = ()
+    devices_per_node: int = 1
     min_driver_major: int = 0
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that are ready and take pods."""
+        return len(self.devices)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices on those nodes; for cpu the nodes themselves."""
+        return sum(each.total for each in self.devices)
+
+    @property
+    def num_taken(self) -> int:
+        """Those of them that engines of other resources hold."""
+        return sum(each.taken for each in self.devices)
 
     @property
     def is_gpu(self) -> bool:
@@ -122,7 +143,7 @@ def find_node_types(
     """Group what the nodes offer that the resource's nodeSelector and tolerations allow; explain the others.
 
     min_driver_major: of the driver that the engine's image needs; 0 asks nothing of it
-    num_taken:        (node, node type) -> engines of other resources that serve there
+    num_taken:        (node, node type) -> devices that engines of other resources hold there
     The resource's own affinity is not evaluated: the scheduler does that.
     """
     table = table or HardwareTable()
@@ -153,6 +174,10 @@ def _node_type(
     match = least.match
     is_gpu = match.hardware.is_gpu
     tells_driver = all(each.driver_major and not each.claim for each in offers)
+    per_node: Counter[str] = Counter()
+    for each in counted:
+        per_node[each.node.name] += each.num_devices
+    devices = [NodeDevices(count, num_taken.get((node, name), 0)) for node, count in per_node.items() if ready]
     return NodeType(
         name=name,
         hardware=match.hardware,
@@ -167,10 +192,9 @@ def _node_type(
         memory_bytes=least.memory_mib * MIB if is_gpu else largest.memory_bytes,
         cpu_millicores=min(each.node.cpu_millicores for each in counted) if is_gpu else largest.cpu_millicores,
         host_memory_bytes=min(each.node.memory_bytes for each in counted),
-        num_nodes=len({each.node.name for each in ready}),
         num_away=len({each.node.name for each in offers} - {each.node.name for each in ready}),
-        num_devices=sum(each.num_devices for each in ready),
-        num_taken=sum(num_taken.get((each.node.name, name), 0) for each in ready),
+        devices=tuple(sorted(devices, reverse=True)),
+        devices_per_node=max(per_node.values()),
         min_driver_major=min_driver_major if is_gpu and tells_driver else 0,
     )
 

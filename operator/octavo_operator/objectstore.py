@@ -11,12 +11,12 @@ from typing import Any
 from octavo_operator.apiserver import (
     CHILD_KINDS,
     CONFIG_MAP,
-    DEPLOYMENT,
     HARDWARE_PROFILE,
     INFERENCE_SERVICE,
     NODE,
     POD,
     RESOURCE_SLICE,
+    WORKLOAD_KINDS,
     Kind,
 )
 from octavo_operator.observe import (
@@ -24,9 +24,9 @@ from octavo_operator.observe import (
     Manifest,
     ObservedNode,
     key_of,
-    observe_deployment,
     observe_node,
     observe_pod,
+    observe_workload,
     owner_key,
     with_claimable,
 )
@@ -165,11 +165,12 @@ class ObjectStore:
     def running(self, key: Key, spec_hash: str) -> Running:
         """What bears on the resource's plan of all that runs."""
         in_use: dict[str, int] = defaultdict(int)
-        for manifest in self._objects[DEPLOYMENT.name].values():
-            state = observe_deployment(manifest)
-            in_use[state.node_type] += state.desired
+        for kind in WORKLOAD_KINDS:
+            for manifest in self._objects[kind.name].values():
+                state = observe_workload(manifest, ())
+                in_use[state.node_type] += state.desired * state.gpus_per_replica
         return observe_running(
-            self.children(key, DEPLOYMENT),
+            [each for kind in WORKLOAD_KINDS for each in self.children(key, kind)],
             self.children(key, CONFIG_MAP),
             self.children(key, POD),
             in_use,
@@ -178,12 +179,12 @@ class ObjectStore:
         )
 
     def _taken(self, key: Key) -> dict[tuple[str, str], int]:
-        """(Node, node type) -> ready engines of other resources than `key`."""
+        """(Node, node type) -> devices that ready engines of other resources than `key` hold."""
         taken: dict[tuple[str, str], int] = defaultdict(int)
         for manifest in self._objects[POD.name].values():
             pod = observe_pod(manifest)
             if pod.is_ready and owner_key(manifest) != key:
-                taken[pod.node, pod.node_type] += 1
+                taken[pod.node, pod.node_type] += pod.num_gpus
         return taken
 
 

@@ -22,8 +22,19 @@ Manifest: TypeAlias = dict[str, Any]
 
 SERVICE_LABEL = f"{GROUP}/inference-service"
 NODE_TYPE_LABEL = f"{GROUP}/node-type"
+# Instead of SERVICE_LABEL on the pods of a replica that answer no requests: Services and HPAs find the leaders alone.
+WORKER_LABEL = f"{GROUP}/worker-of"
+# GPUs of a pod, where it has several.
+GPUS = f"{GROUP}/gpus"
+# Of the template that a LeaderWorkerSet's pod was made from: the set's status does not say which it has seen.
+TEMPLATE_HASH = f"{GROUP}/template-hash"
 MANAGED_BY = {"app.kubernetes.io/managed-by": "octavo"}
 MANAGED_SELECTOR = "app.kubernetes.io/managed-by=octavo"
+
+# https://lws.sigs.k8s.io
+LEADER_WORKER_SET_KIND = "LeaderWorkerSet"
+GROUP_TEMPLATE = "leaderWorkerTemplate"
+_SET_NAME_LABEL = "leaderworkerset.sigs.k8s.io/name"
 
 GPU_DOMAIN = "nvidia.com/"
 GPU_RESOURCE = f"{GPU_DOMAIN}gpu"
@@ -49,7 +60,8 @@ def key_of(manifest: Mapping[str, Any]) -> Key:
 def owner_key(manifest: Mapping[str, Any]) -> Key | None:
     """The key of the resource that a child belongs to, by its label."""
     metadata = manifest["metadata"]
-    name = metadata.get("labels", {}).get(SERVICE_LABEL)
+    labels = metadata.get("labels", {})
+    name = labels.get(SERVICE_LABEL) or labels.get(WORKER_LABEL)
     return Key(metadata["namespace"], name) if name else None
 
 
@@ -133,8 +145,14 @@ def _condition(status: Mapping[str, Any], name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class DeploymentState:
-    """How far a Deployment's controller has come; `is_current` is false while it has not seen the latest spec."""
+class WorkloadState:
+    """How far the controller of a Deployment or a LeaderWorkerSet has come.
+
+    is_current:       false while its controller has not seen the latest spec
+    gpus_per_replica: also 1 on a CPU
+    surges:           whether a rollout starts a pod beside the old ones
+    progress_since:   when the step began that it is in; empty where the controller itself watches the deadline
+    """
 
     node_type: str
     is_current: bool
@@ -145,6 +163,11 @@ class DeploymentState:
     available: int
     is_past_deadline: bool
     failure: str
+    kind: str = "Deployment"
+    name: str = ""
+    gpus_per_replica: int = 1
+    surges: bool = False
+    progress_since: str = ""
 
     @property
     def is_complete(self) -> bool:
@@ -153,15 +176,24 @@ class DeploymentState:
         return self.is_current and exact and self.available >= self.desired
 
 
-def observe_deployment(manifest: Mapping[str, Any]) -> DeploymentState:
-    """Read a Deployment."""
+def observe_workload(manifest: Mapping[str, Any], pods: Iterable[Mapping[str, Any]]) -> WorkloadState:
+    """Read a Deployment, or a LeaderWorkerSet; pods: of the same resource."""
+    return (
+        _observe_leader_worker_set(manifest, pods)
+        if GROUP_TEMPLATE in manifest["spec"]
+        else _observe_deployment(manifest)
+    )
+
+
+def _observe_deployment(manifest: Mapping[str, Any]) -> WorkloadState:
     status = manifest.get("status") or {}
     metadata = manifest["metadata"]
     conditions = {each["type"]: each for each in status.get("conditions") or []}
     is_current = status.get("observedGeneration", 0) >= metadata.get("generation", 0)
     past = conditions.get("Progressing", {}).get("reason") == "ProgressDeadlineExceeded"
     failed = conditions.get("ReplicaFailure", {})
-    return DeploymentState(
+    return WorkloadState(
+        name=metadata["name"],
         node_type=metadata.get("labels", {}).get(NODE_TYPE_LABEL, ""),
         is_current=is_current,
         desired=manifest["spec"].get("replicas", 1),
@@ -169,14 +201,72 @@ def observe_deployment(manifest: Mapping[str, Any]) -> DeploymentState:
         updated=status.get("updatedReplicas", 0),
         ready=status.get("readyReplicas", 0),
         available=status.get("availableReplicas", 0),
+        gpus_per_replica=_gpus(manifest["spec"].get("template") or {}),
         is_past_deadline=is_current and past,
         failure=str(failed.get("message", "")) if failed.get("status") == "True" else "",
+        surges=_surges(manifest["spec"].get("strategy"), "rollingUpdate"),
     )
+
+
+def _observe_leader_worker_set(manifest: Mapping[str, Any], pods: Iterable[Mapping[str, Any]]) -> WorkloadState:
+    """A replica is a group; its status is about groups, and says nothing of the spec that it is about.
+
+    So a group counts as updated and ready only if its leader says so, too.
+    """
+    status, metadata, template = manifest.get("status") or {}, manifest["metadata"], manifest["spec"][GROUP_TEMPLATE]
+    leaders = [
+        each
+        for each in pods
+        if each["metadata"].get("labels", {}).get(_SET_NAME_LABEL) == metadata["name"]
+        and SERVICE_LABEL in each["metadata"]["labels"]
+        and "deletionTimestamp" not in each["metadata"]
+    ]
+    wanted = _annotation(template["leaderTemplate"], TEMPLATE_HASH)
+    updated = sum(_annotation(each, TEMPLATE_HASH) == wanted for each in leaders)
+    ready = min(status.get("readyReplicas", 0), sum(observe_pod(each).is_ready for each in leaders))
+    since = [
+        each["lastTransitionTime"]
+        for each in status.get("conditions") or []
+        if each["type"] in ("Progressing", "UpdateInProgress") and each["status"] == "True"
+    ]
+    return WorkloadState(
+        kind=LEADER_WORKER_SET_KIND,
+        name=metadata["name"],
+        node_type=metadata.get("labels", {}).get(NODE_TYPE_LABEL, ""),
+        is_current=bool(status),
+        desired=manifest["spec"].get("replicas", 1),
+        replicas=status.get("replicas", 0),
+        updated=min(status.get("updatedReplicas", 0), updated),
+        ready=ready,
+        available=ready,
+        gpus_per_replica=_gpus(template["leaderTemplate"]) * template["size"],
+        is_past_deadline=False,
+        failure="",
+        surges=_surges(manifest["spec"].get("rolloutStrategy"), "rollingUpdateConfiguration"),
+        progress_since=max(since, default=""),
+    )
+
+
+def _annotation(manifest: Mapping[str, Any], name: str) -> str:
+    return str(((manifest.get("metadata") or {}).get("annotations") or {}).get(name, ""))
+
+
+def _surges(strategy: Mapping[str, Any] | None, name: str) -> bool:
+    return bool(((strategy or {}).get(name) or {}).get("maxSurge", 0))
+
+
+def _gpus(pod: Mapping[str, Any]) -> int:
+    """Of a pod or a template; 1 where it says nothing, which is what a CPU's engines count as, too."""
+    text = _annotation(pod, GPUS)
+    return int(text) if text.isdigit() else 1
 
 
 @dataclass(frozen=True, slots=True)
 class PodState:
-    """Why an engine pod does not run, if it does not: `problem` is empty while all is well; `node` until it has one."""
+    """Why an engine pod does not run, if it does not: `problem` is empty while all is well; `node` until it has one.
+
+    num_gpus: that it holds; 1 on a CPU
+    """
 
     name: str
     node_type: str
@@ -184,6 +274,7 @@ class PodState:
     problem: str
     node: str = ""
     is_ready: bool = False
+    num_gpus: int = 1
 
 
 def observe_pod(manifest: Mapping[str, Any]) -> PodState:
@@ -199,6 +290,7 @@ def observe_pod(manifest: Mapping[str, Any]) -> PodState:
         node_type=metadata.get("labels", {}).get(NODE_TYPE_LABEL, ""),
         node=manifest.get("spec", {}).get("nodeName", ""),
         is_ready=conditions.get("Ready", {}).get("status") == "True",
+        num_gpus=_gpus(manifest),
         is_unschedulable=is_unschedulable and "deletionTimestamp" not in metadata,
         problem=problem if "deletionTimestamp" not in metadata else "",
     )

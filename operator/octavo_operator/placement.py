@@ -7,6 +7,7 @@ from typing import Literal
 from octavo_operator.api import InferenceServiceSpec
 from octavo_operator.fit import Candidate
 from octavo_operator.nodes import NodeType
+from octavo_operator.parallelism import num_replicas
 from octavo_operator.profiles import HardwareTable
 from octavo_operator.running import Running
 
@@ -29,7 +30,7 @@ def rank(
 ) -> list[Candidate]:
     """Best first: what is kept as it is, then ready nodes, those with room, where it serves, and by preference.
 
-    Names decide ties.
+    Without a preference a replica on one node comes before one on several. Names decide ties.
     """
     named = named_types(spec)
     wanted = preference(spec)
@@ -41,7 +42,7 @@ def rank(
             return price_per_token(candidate, table)
         return 0.0
 
-    def key(candidate: Candidate) -> tuple[bool, bool, bool, bool, float, bool, float, str]:
+    def key(candidate: Candidate) -> tuple[bool, bool, bool, bool, float, bool, bool, float, str]:
         node_type = candidate.node_type
         return (
             node_type.name not in running.kept,
@@ -50,6 +51,7 @@ def rank(
             node_type.name not in running.serving,
             by_preference(candidate),
             not node_type.is_gpu,
+            candidate.split.num_nodes > 1,
             -candidate.tokens_per_s,
             node_type.name,
         )
@@ -59,12 +61,18 @@ def rank(
 
 def price_per_token(candidate: Candidate, table: HardwareTable) -> float:
     """Price of an hour over predicted tokens per second; infinite where no profile states a price."""
-    price = price_per_hour(candidate.node_type, table)
+    price = price_per_hour(candidate, table)
     return inf if price is None else price / candidate.tokens_per_s
 
 
-def price_per_hour(node_type: NodeType, table: HardwareTable) -> float | None:
-    """Of what one pod gets: of a slice or a share its part of the device's price, by memory bandwidth."""
+def price_per_hour(candidate: Candidate, table: HardwareTable) -> float | None:
+    """Of what one replica takes."""
+    price = device_price(candidate.node_type, table)
+    return None if price is None else price * candidate.split.num_gpus
+
+
+def device_price(node_type: NodeType, table: HardwareTable) -> float | None:
+    """Of an hour: of a slice or a share its part of the device's price, by memory bandwidth."""
     price, whole = table.prices.get(node_type.hardware.name), table.row(node_type.hardware.name)
     if price is None or whole is None:
         return None
@@ -75,7 +83,7 @@ def num_places(candidate: Candidate) -> int:
     """Replicas for which the ready nodes of this type have room, if nothing else ran there."""
     node_type, requests = candidate.node_type, candidate.requests
     if node_type.is_gpu:
-        return node_type.num_devices
+        return num_replicas(node_type, candidate.split)
     per_node = min(
         node_type.memory_bytes // max(requests.memory_bytes, 1),
         node_type.cpu_millicores // max(requests.cpu_millicores, 1),
@@ -85,6 +93,8 @@ def num_places(candidate: Candidate) -> int:
 
 def num_free(candidate: Candidate) -> int:
     """Of these places those that no engine of another resource holds."""
+    if candidate.node_type.is_gpu:
+        return num_replicas(candidate.node_type, candidate.split, free=True)
     return max(0, num_places(candidate) - candidate.node_type.num_taken)
 
 

@@ -6,7 +6,7 @@ What serves is left alone where only the cluster changed: a plan is made anew an
 what it would do otherwise. `rollout.replan: Automatic` takes the new plan.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from octavo_engine.errors import CapacityError
@@ -14,17 +14,19 @@ from octavo_engine.geometry import DTYPE_BYTES, Geometry
 
 from octavo_operator.api import Engine, InferenceServiceSpec
 from octavo_operator.decision import Defaults, Plan, Problem, ProblemReason, Rejected, Variant
+from octavo_operator.errors import NoLeaderWorkerSetsError
 from octavo_operator.explain import explain_nothing, why_away, why_chosen, why_not, why_outdated, why_unknown
 from octavo_operator.fit import Candidate, fit
-from octavo_operator.needs import on_more_devices, what_it_needs
+from octavo_operator.needs import on_more_nodes, what_it_needs
 from octavo_operator.nodes import MIN_DRIVER_MAJOR, NodeType, NodeTypes, find_node_types
 from octavo_operator.observe import ModelGeometry, ObservedNode
+from octavo_operator.parallelism import asked_split
 from octavo_operator.placement import named_types, num_places, preference, rank, share_replicas
 from octavo_operator.profiles import HardwareTable
 from octavo_operator.running import Running
 
-# Seconds to get the weights, by where they come from: a hub at 50 MB/s, a local disk at 200 MB/s.
-_BYTES_PER_SECOND = {"hub": 50e6, "local": 200e6}
+# Seconds to get the weights, by where they come from: over the network at 50 MB/s, a local disk at 200 MB/s.
+_BYTES_PER_SECOND = {"remote": 50e6, "local": 200e6}
 _STARTUP_BASE_S = 180
 _STARTUP_UNKNOWN_S = 3600
 
@@ -36,14 +38,19 @@ def make_plan(
     defaults: Defaults,
     running: Running | None = None,
     table: HardwareTable | None = None,
+    *,
+    has_leader_worker_sets: bool = True,
 ) -> Plan:
     """Choose node types, limits and replicas.
 
+    has_leader_worker_sets: whether the cluster has LeaderWorkerSets
     A variant that serves is not moved because a faster node type appeared: that would restart it. One whose nodes are
     all away moves if another type fits, and else waits for them.
     """
     running = running or Running()
-    planner = _Planner(spec, nodes, model, defaults, table or HardwareTable(), running.num_taken)
+    planner = _Planner(
+        spec, nodes, model, defaults, table or HardwareTable(), running, has_leader_worker_sets=has_leader_worker_sets
+    )
     if not running.serving:
         return planner.plan(running)
     fresh = planner.plan(running.without_memory())
@@ -95,16 +102,20 @@ class _Planner:
         model: ModelGeometry,
         defaults: Defaults,
         table: HardwareTable,
-        num_taken: Mapping[tuple[str, str], int],
+        observed: Running,
+        *,
+        has_leader_worker_sets: bool,
     ) -> None:
         self._spec = spec
         self._has_nodes = bool(nodes)
         self._model = model
         self._defaults = defaults
         self._table = table
+        self._observed = observed
+        self._has_leader_worker_sets = has_leader_worker_sets
         # Which CUDA somebody else's image brings, nobody says.
         driver = 0 if spec.engine and spec.engine.image else MIN_DRIVER_MAJOR
-        self._found = find_node_types(nodes, spec.scheduling, table, driver, num_taken)
+        self._found = find_node_types(nodes, spec.scheduling, table, driver, observed.num_taken)
         self._unusable = [Rejected(each.title, each.why) for each in self._found.unusable]
 
     def plan(self, running: Running) -> Plan:
@@ -116,10 +127,10 @@ class _Planner:
         if not self._has_nodes:
             return Plan((), (), Problem("NoNodes", "the cluster has no nodes"), model)
         allowed, refused = _allowed_types(spec, self._found, running, self._table)
-        candidates, misfits = self._fit(allowed, running)
+        candidates, misfits, problem = self._fit(allowed, running)
         rejected = [*self._unusable, *refused, *misfits]
         if not candidates:
-            problem = explain_nothing(spec, self._found, allowed, model.geometry)
+            problem = problem or explain_nothing(spec, self._found, allowed, model.geometry)
             return Plan((), tuple(rejected), problem, model)
         ranked = rank(spec, candidates, running, self._table)
         present = {name: num for name, num in running.num_replicas.items() if name in running.kept}
@@ -132,19 +143,31 @@ class _Planner:
         variants = tuple(self._variant(each, chosen[each], ranked, running) for each in ranked if each in chosen)
         return Plan(variants, tuple(rejected), None, model)
 
-    def _fit(self, allowed: Sequence[NodeType], running: Running) -> tuple[list[Candidate], list[Rejected]]:
-        """An engine for each node type: the one that is kept, or one worked out."""
+    def _fit(
+        self, allowed: Sequence[NodeType], running: Running
+    ) -> tuple[list[Candidate], list[Rejected], Problem | None]:
+        """An engine for each node type, the one that is kept or one worked out; and what the user can do about one."""
         by_name = {each.name: each for each in self._found.types}
         candidates = [_kept_candidate(each, by_name.get(name)) for name, each in running.kept.items()]
         misfits: list[Rejected] = []
+        problem: Problem | None = None
         for node_type in allowed:
             if node_type.name in running.kept:
                 continue
             try:
-                candidates.append(fit(self._spec, node_type, self._model.geometry))
+                candidates.append(
+                    fit(
+                        self._spec, node_type, self._model.geometry, has_leader_worker_sets=self._has_leader_worker_sets
+                    )
+                )
+            except NoLeaderWorkerSetsError as error:
+                misfits.append(Rejected(node_type.name, str(error)))
+                problem = problem or Problem("LeaderWorkerSetMissing", f"on {node_type.name} {error}")
             except CapacityError as error:
-                misfits.append(Rejected(node_type.name, f"{error}{self._on_more_devices(node_type)}"))
-        return candidates, misfits
+                misfits.append(Rejected(node_type.name, f"{error}{self._on_more_nodes(node_type)}"))
+                if not asked_split(self._spec).is_open:
+                    problem = problem or Problem("ModelDoesNotFit", f"on {node_type.name}: {error}")
+        return candidates, misfits, problem
 
     def _needs(self) -> Iterator[Rejected]:
         """What a model that no engine serves would need, for people who choose hardware."""
@@ -153,9 +176,9 @@ class _Planner:
             for node_type in self._found.types:
                 yield Rejected(node_type.name, what_it_needs(self._spec, node_type, geometry))
 
-    def _on_more_devices(self, node_type: NodeType) -> str:
+    def _on_more_nodes(self, node_type: NodeType) -> str:
         geometry = self._model.geometry
-        return on_more_devices(self._spec, node_type, geometry) if geometry else ""
+        return on_more_nodes(self._spec, node_type, geometry) if geometry else ""
 
     def _variant(self, candidate: Candidate, replicas: int, ranked: Sequence[Candidate], running: Running) -> Variant:
         spec = self._spec
@@ -163,7 +186,7 @@ class _Planner:
         kept = running.kept.get(candidate.node_type.name)
         startup_s = kept.startup_s if kept else _startup_s(spec, self._model.geometry)
         deadline_s = spec.rollout.progress_deadline_seconds if spec.rollout else None
-        return Variant(
+        variant = Variant(
             node_type=candidate.node_type,
             replicas=replicas,
             image=kept.image if kept else engine.image or self._defaults.engine_image,
@@ -173,9 +196,10 @@ class _Planner:
             startup_s=startup_s,
             # Past the last moment at which the startup probe would still let the engine load.
             deadline_s=deadline_s or startup_s + 60,
-            is_surge=_is_surge(spec, candidate, running),
+            is_surge=False,
             why=why_chosen(spec, candidate, ranked, running, self._table),
         )
+        return replace(variant, is_surge=_is_surge(spec, candidate, variant, self._observed))
 
 
 def _kept_candidate(kept: Variant, found: NodeType | None) -> Candidate:
@@ -184,10 +208,9 @@ def _kept_candidate(kept: Variant, found: NodeType | None) -> Candidate:
     if found is not None:
         node_type = replace(
             node_type,
-            num_nodes=found.num_nodes,
             num_away=found.num_away,
-            num_devices=found.num_devices,
-            num_taken=found.num_taken,
+            devices=found.devices,
+            devices_per_node=found.devices_per_node,
         )
     return Candidate(node_type, kept.config, kept.capacity, kept.requests)
 
@@ -222,19 +245,29 @@ def _allowed_types(
     return allowed, rejected
 
 
-def _is_surge(spec: InferenceServiceSpec, candidate: Candidate, running: Running) -> bool:
-    """Whether a rollout may start a pod beside the old ones: asked for, or a place for it is free."""
+def _is_surge(spec: InferenceServiceSpec, candidate: Candidate, variant: Variant, running: Running) -> bool:
+    """Whether a rollout may start a pod beside the old ones: asked for, or a place for it is free.
+
+    While nothing is rolled out it does not matter, and stays as it is: nodes that come and go cost no write.
+    """
     strategy = (spec.rollout.strategy if spec.rollout else None) or "Auto"
     if strategy != "Auto":
         return strategy == "Surge"
-    name = candidate.node_type.name
-    return name not in running.stuck and num_places(candidate) > running.num_in_use.get(name, 0)
+    name, split = candidate.node_type.name, candidate.split
+    kept = running.kept.get(name)
+    if kept is not None and kept.identity == variant.identity and name not in running.unfinished:
+        return name in running.surging
+    # With its own replicas as they will be: what it decides now must not be another thing once they are there.
+    num_new = variant.replicas - running.num_replicas.get(name, 0)
+    num_in_use = running.num_in_use.get(name, 0) + num_new * split.num_gpus
+    num_free = num_places(candidate) * split.num_gpus - num_in_use
+    return name not in running.stuck and num_free >= split.num_gpus
 
 
 def _startup_s(spec: InferenceServiceSpec, geometry: Geometry | None) -> int:
     """Seconds that an engine may take from its start until it is ready."""
     if geometry is None:
         return _STARTUP_UNKNOWN_S
-    source = "hub" if spec.model.uri.startswith("hf://") else "local"
+    source = "remote" if spec.model.uri.startswith(("hf://", "s3://", "oci://")) else "local"
     num_bytes = geometry.num_parameters * DTYPE_BYTES.get(geometry.dtype, 2)
     return _STARTUP_BASE_S + int(num_bytes / _BYTES_PER_SECOND[source])

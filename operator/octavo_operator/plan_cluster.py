@@ -11,14 +11,15 @@ import yaml
 from octavo_operator.api import InferenceServiceSpec
 from octavo_operator.apiserver import (
     CHILD_KINDS,
-    DEPLOYMENT,
     HARDWARE_PROFILE,
     INFERENCE_SERVICE,
+    LEADER_WORKER_SET,
     NODE,
     OPTIONAL_KINDS,
     POD,
     RESOURCE_SLICE,
     UNREACHABLE,
+    WORKLOAD_KINDS,
     ApiServer,
     Kind,
 )
@@ -36,6 +37,7 @@ class Cluster:
 
     uid, annotations: of the resource, if it is there
     children:         the objects that the operator made for it
+    has_leader_worker_sets:       whether it has LeaderWorkerSets
     """
 
     nodes: Sequence[ObservedNode]
@@ -44,6 +46,7 @@ class Cluster:
     uid: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
     children: Sequence[Manifest] = ()
+    has_leader_worker_sets: bool = True
 
 
 async def read_cluster(kubeconfig: Path | None, key: Key, spec: InferenceServiceSpec) -> Cluster:
@@ -56,8 +59,13 @@ async def read_cluster(kubeconfig: Path | None, key: Key, spec: InferenceService
             store = ObjectStore()
             nodes, version = await api.list(NODE)
             store.replace_nodes(nodes, version)
+            missing = set()
             for kind in (HARDWARE_PROFILE, RESOURCE_SLICE, *CHILD_KINDS, POD):
-                store.replace(kind, *await _list(api, kind, key.namespace))
+                found = await _list(api, kind, key.namespace)
+                if found is None:
+                    missing.add(kind)
+                else:
+                    store.replace(kind, *found)
             live = await api.get(INFERENCE_SERVICE, key)
     except UNREACHABLE as error:
         raise ConnectionSettingsError(f"the API server does not answer: {str(error) or type(error).__name__}") from None
@@ -70,20 +78,27 @@ async def read_cluster(kubeconfig: Path | None, key: Key, spec: InferenceService
         uid=metadata.get("uid", ""),
         annotations=annotations,
         children=[each for kind in CHILD_KINDS for each in store.children(key, kind)],
+        has_leader_worker_sets=LEADER_WORKER_SET not in missing,
     )
 
 
-async def _list(api: ApiServer, kind: Kind, namespace: str) -> tuple[list[Manifest], int]:
-    """Objects of a kind; Deployments of all namespaces, since they share the nodes, where that is allowed."""
+async def _list(api: ApiServer, kind: Kind, namespace: str) -> tuple[list[Manifest], int] | None:
+    """Objects of a kind; what makes pods in all namespaces, since they share the nodes, where that is allowed.
+
+    None where the cluster lacks an optional kind, or keeps it from the user.
+    """
     selector = MANAGED_SELECTOR if kind.is_namespaced else ""
-    try:
-        return await api.list(kind, None if kind is DEPLOYMENT else namespace, selector)
-    except ApiError as error:
-        if error.status == 403 and kind is DEPLOYMENT:
-            return await api.list(kind, namespace, selector)
-        if error.status in (403, 404) and kind in OPTIONAL_KINDS:
-            return [], 0
-        raise
+    places = [None, namespace] if kind in WORKLOAD_KINDS else [namespace]
+    for place in places:
+        try:
+            return await api.list(kind, place, selector)
+        except ApiError as error:
+            if error.status == 403 and place is None:
+                continue
+            if error.status in (403, 404) and kind in OPTIONAL_KINDS:
+                return None
+            raise
+    return None
 
 
 # What tells one pass from the next, and says nothing that the rest of an object does not.

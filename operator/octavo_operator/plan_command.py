@@ -106,7 +106,13 @@ def plan(
     key = Key(service.metadata.namespace, service.metadata.name)
     cluster = _cluster(service.spec, key, nodes_file, profiles_file, kubeconfig, is_compared=diff)
     made = make_plan(
-        service.spec, cluster.nodes, _model(service.spec), Defaults(engine_image), cluster.running, cluster.table
+        service.spec,
+        cluster.nodes,
+        _model(service.spec),
+        Defaults(engine_image),
+        cluster.running,
+        cluster.table,
+        has_leader_worker_sets=cluster.has_leader_worker_sets,
     )
     objects = render(Owner(key, cluster.uid, cluster.annotations), service.spec, made)
     changes = ""

@@ -58,6 +58,7 @@ def _facts(variant: Variant) -> dict[str, str]:
     config, capacity, node_type = variant.config, variant.capacity, variant.node_type
     facts = {
         "device": f"{node_type.hardware.title}, {format_gib(node_type.memory_bytes)}",
+        "replica": f"{variant.split}" if node_type.is_gpu else "one node",
         "nodes": f"{node_type.num_nodes} ready, {node_type.num_devices} devices, {node_type.arch}",
         "image": variant.image,
         "kernels": kernel_variant(variant),

@@ -6,10 +6,18 @@ from copy import deepcopy
 from octavo_engine.config import EngineConfig
 
 from octavo_operator.api import GROUP, InferenceServiceSpec, Scheduling
-from octavo_operator.children import PORT, Owner, claim_template_name, selector_labels, variant_name
+from octavo_operator.children import (
+    PORT,
+    Owner,
+    claim_template_name,
+    selector_labels,
+    variant_name,
+    worker_labels,
+)
 from octavo_operator.decision import Variant
+from octavo_operator.fit import SHARED_MEMORY_BYTES
 from octavo_operator.nodes import GPU_TAINT
-from octavo_operator.observe import NODE_TYPE_LABEL, Manifest
+from octavo_operator.observe import GPUS, NODE_TYPE_LABEL, Manifest
 from octavo_operator.offers import ARCH_LABEL, DRIVER_LABEL, PRODUCT_LABEL
 from octavo_operator.quantities import format_bytes, format_millicores
 
@@ -34,10 +42,15 @@ _STARTUP_PERIOD_S = 2
 _EXIT_MARGIN_S = 15
 
 
-def pod_template(owner: Owner, spec: InferenceServiceSpec, variant: Variant) -> Manifest:
-    """The template as Octavo would have it, before `user_template` is merged into it."""
+def pod_template(owner: Owner, spec: InferenceServiceSpec, variant: Variant, *, is_worker: bool = False) -> Manifest:
+    """The template as Octavo would have it, before `user_template` is merged into it.
+
+    is_worker: of the pods beside the first of a replica over several nodes
+    """
     scheduling = spec.scheduling or Scheduling()
-    labels = {**selector_labels(owner.key), NODE_TYPE_LABEL: variant.node_type.name}
+    found_by = worker_labels(owner.key) if is_worker else selector_labels(owner.key)
+    labels = {**found_by, NODE_TYPE_LABEL: variant.node_type.name}
+    num_gpus = variant.requests.num_gpus
     pod: Manifest = {
         "serviceAccountName": owner.key.name,
         "automountServiceAccountToken": False,
@@ -50,7 +63,7 @@ def pod_template(owner: Owner, spec: InferenceServiceSpec, variant: Variant) -> 
             {"name": "config", "configMap": {"name": variant_name(owner, variant)}},
             {"name": "tmp", "emptyDir": {}},
             {"name": "cache", "emptyDir": {}},
-            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+            {"name": "shm", "emptyDir": _shared_memory(num_gpus)},
         ],
     }
     if variant.node_type.claim:
@@ -61,7 +74,8 @@ def pod_template(owner: Owner, spec: InferenceServiceSpec, variant: Variant) -> 
         pod["tolerations"] = tolerations
     if scheduling.node_selector:
         pod["nodeSelector"] = dict(scheduling.node_selector)
-    if scheduling.topology_spread:
+    # The replicas are spread: a worker belongs near its leader.
+    if scheduling.topology_spread and not is_worker:
         same_service = {"labelSelector": {"matchLabels": selector_labels(owner.key)}}
         pod["topologySpreadConstraints"] = [
             each.model_dump(mode="json", by_alias=True) | same_service for each in scheduling.topology_spread
@@ -70,10 +84,14 @@ def pod_template(owner: Owner, spec: InferenceServiceSpec, variant: Variant) -> 
         pod["priorityClassName"] = scheduling.priority_class_name
     if scheduling.runtime_class_name:
         pod["runtimeClassName"] = scheduling.runtime_class_name
-    return {
-        "metadata": {"labels": labels, "annotations": {CONFIG_HASH: config_hash(variant.config)}},
-        "spec": pod,
-    }
+    annotations = {CONFIG_HASH: config_hash(variant.config)} | ({GPUS: str(num_gpus)} if num_gpus > 1 else {})
+    return {"metadata": {"labels": labels, "annotations": annotations}, "spec": pod}
+
+
+def _shared_memory(num_gpus: int) -> Manifest:
+    """/dev/shm, which the memory request covers; an engine on one device leaves it empty."""
+    size = {"sizeLimit": format_bytes(num_gpus * SHARED_MEMORY_BYTES)} if num_gpus > 1 else {}
+    return {"medium": "Memory", **size}
 
 
 def config_hash(config: EngineConfig) -> str:

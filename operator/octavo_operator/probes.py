@@ -34,7 +34,7 @@ async def serve_probes(
     app.router.add_get("/healthz", probe(is_healthy))  # type: ignore[arg-type]
     app.router.add_get("/readyz", probe(is_ready))  # type: ignore[arg-type]
     app.router.add_get("/metrics", metrics)
-    runner = web.AppRunner(app, access_log=None)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port).start()

@@ -5,7 +5,7 @@ anywhere: the next one continues from what is there.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,20 +15,19 @@ from pydantic import ValidationError
 from octavo_operator.api import API_VERSION, KIND, InferenceService
 from octavo_operator.apiserver import (
     CHILD_KINDS,
-    CLAIM_TEMPLATE,
     CONFIG_MAP,
-    DEPLOYMENT,
     INFERENCE_SERVICE,
     KINDS,
+    LEADER_WORKER_SET,
     POD,
     SERVICE,
-    SERVICE_ACCOUNT,
+    WORKLOAD_KINDS,
     ApiServer,
     Kind,
 )
 from octavo_operator.children import Owner
-from octavo_operator.conditions import Failure, invalid_spec_conditions, make_conditions
-from octavo_operator.decision import Defaults, Plan
+from octavo_operator.conditions import Failure, invalid_spec_conditions, make_conditions, seconds_to_deadline
+from octavo_operator.decision import Defaults, Plan, workload_kind
 from octavo_operator.errors import ApiError, NameConflictError, explain_validation
 from octavo_operator.events import EventWriter
 from octavo_operator.inspector import Inspector, ModelReader
@@ -42,9 +41,10 @@ from octavo_operator.observe import (
     Key,
     Manifest,
     ModelGeometry,
+    WorkloadState,
     key_of,
-    observe_deployment,
     observe_pod,
+    observe_workload,
 )
 from octavo_operator.plan import make_plan, wanted_replicas
 from octavo_operator.profile_api import PROFILE_PLURAL
@@ -93,7 +93,10 @@ class Pass:
 
 
 class Reconciler:
-    """Does passes. Several may run at once, for different resources."""
+    """Does passes. Several may run at once, for different resources.
+
+    kinds: that the cluster has at the moment, and lets the operator use
+    """
 
     def __init__(
         self,
@@ -102,6 +105,7 @@ class Reconciler:
         geometry: GeometryReader,
         defaults: Defaults,
         metrics: Metrics,
+        kinds: Callable[[], Collection[Kind]],
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self._api = api
@@ -109,6 +113,7 @@ class Reconciler:
         self._models = ModelReader(geometry, Inspector(api, defaults.engine_image))
         self._defaults = defaults
         self._metrics = metrics
+        self._kinds = kinds
         self._clock = clock
         self._events = EventWriter(api, clock)
         self._profiles = ProfileReporter(api, store, metrics, self._now)
@@ -176,15 +181,19 @@ class Reconciler:
         except ApiError as error:
             failure = Failure("RejectedByApiServer" if error.is_final else "ApplyFailed", str(error), error.is_final)
             problem = None if error.is_final else error
-        await self._report(current, service, plan, failure)
+        deadline_s = await self._report(current, service, plan, failure)
         if problem is not None:
             raise problem
-        return look_again_s
+        return min((each for each in (look_again_s, deadline_s) if each is not None), default=None)
 
     def _plan(self, current: Pass, service: InferenceService, model: ModelGeometry) -> Plan:
         running = self._store.running(current.key, spec_hash(service.spec, current.annotations))
         table, _ = self._store.profiles()
-        return make_plan(service.spec, self._store.nodes(), model, self._defaults, running, table)
+        has_leader_worker_sets = LEADER_WORKER_SET in self._kinds()
+        nodes = self._store.nodes()
+        return make_plan(
+            service.spec, nodes, model, self._defaults, running, table, has_leader_worker_sets=has_leader_worker_sets
+        )
 
     async def _apply(self, current: Pass, desired: Sequence[Manifest]) -> None:
         """Write those objects that are missing or that are not as they should be."""
@@ -229,7 +238,7 @@ class Reconciler:
         if not service.spec.plan_only and wanted_replicas(service.spec):
             wanted |= self._still_serving(current.key, plan)
         deleted = []
-        # Deployments go first: their pods use the rest.
+        # What makes pods goes first: they use the rest.
         for kind in reversed(CHILD_KINDS):
             for live in self._store.children(current.key, kind):
                 metadata = live["metadata"]
@@ -246,43 +255,53 @@ class Reconciler:
 
     def _still_serving(self, key: Key, plan: Plan) -> set[tuple[str, str]]:
         """Objects of variants that are to go but answer requests, while those that replace them do not yet."""
-        states = {each["metadata"]["name"]: observe_deployment(each) for each in self._store.children(key, DEPLOYMENT)}
-        by_type = {state.node_type: state for state in states.values()}
-        planned = {variant.node_type.name: variant.replicas for variant in plan.variants}
+        states = {(state.kind, state.node_type): state for state in self._workloads(key)}
+        planned = {(workload_kind(each), each.node_type.name): each.replicas for each in plan.variants}
         is_replaced = bool(planned) and all(
-            node_type in by_type and by_type[node_type].available >= replicas for node_type, replicas in planned.items()
+            each in states and states[each].available >= replicas for each, replicas in planned.items()
         )
         if is_replaced:
             return set()
-        kept = {name for name, state in states.items() if state.ready and state.node_type not in planned}
-        shared = {(SERVICE.name, key.name), (SERVICE_ACCOUNT.name, key.name)} if kept else set()
-        return (
-            shared
-            | {(kind.name, name) for kind in (DEPLOYMENT, CONFIG_MAP) for name in kept}
-            | {
-                (CLAIM_TEMPLATE.name, each["metadata"]["name"])
-                for each in self._store.children(key, CLAIM_TEMPLATE)
-                if kept and each["metadata"]["labels"].get(NODE_TYPE_LABEL) not in planned
-            }
-        )
+        # On a node type that is planned they would hold the devices that what replaces them waits for.
+        kept = [
+            state for state in states.values() if state.ready and state.node_type not in {name for _, name in planned}
+        ]
+        # What they use: objects of their node types, and those of none.
+        used = {state.node_type for state in kept} | {None}
+        return {(state.kind, state.name) for state in kept} | {
+            (kind.name, each["metadata"]["name"])
+            for kind in (set(CHILD_KINDS) - set(WORKLOAD_KINDS) if kept else ())
+            for each in self._store.children(key, kind)
+            if each["metadata"]["labels"].get(NODE_TYPE_LABEL) in used
+        }
+
+    def _workloads(self, key: Key) -> list[WorkloadState]:
+        """What makes pods, without what is being deleted."""
+        pods = self._store.children(key, POD)
+        found = [each for kind in WORKLOAD_KINDS for each in self._store.children(key, kind)]
+        return [observe_workload(each, pods) for each in found if "deletionTimestamp" not in each["metadata"]]
 
     async def _report_invalid(self, current: Pass, message: str) -> None:
-        states = [observe_deployment(each) for each in self._store.children(current.key, DEPLOYMENT)]
+        states = self._workloads(current.key)
         conditions = invalid_spec_conditions(message, current.generation, current.conditions, self._now())
         has_service = self._store.child(current.key, SERVICE, current.key.name) is not None
         status = make_status(current.key, current.generation, None, states, conditions, has_service=has_service)
         await self._write_status(current, status)
 
-    async def _report(self, current: Pass, service: InferenceService, plan: Plan, failure: Failure | None) -> None:
-        deployments = self._store.children(current.key, DEPLOYMENT)
-        states = [observe_deployment(each) for each in deployments if "deletionTimestamp" not in each["metadata"]]
+    async def _report(
+        self, current: Pass, service: InferenceService, plan: Plan, failure: Failure | None
+    ) -> float | None:
+        """Write the status. Returns seconds after which it will be another one, even if nothing happens."""
+        states, now = self._workloads(current.key), self._now()
         pods = [observe_pod(each) for each in self._store.children(current.key, POD)]
         conditions = make_conditions(
-            service.spec, plan, states, pods, failure, current.generation, current.conditions, self._now()
+            service.spec, plan, states, pods, failure, current.generation, current.conditions, now
         )
         has_service = self._store.child(current.key, SERVICE, current.key.name) is not None
         status = make_status(current.key, current.generation, plan, states, conditions, has_service=has_service)
         await self._write_status(current, status)
+        left_s = seconds_to_deadline(plan, states, now)
+        return None if left_s is None else left_s + 1
 
     async def _write_status(self, current: Pass, status: InferenceServiceStatus) -> None:
         """Write the status if it differs from what is there, and tell of a new verdict."""

@@ -17,12 +17,14 @@ from octavo_operator.children import (
     Owner,
     child_metadata,
     claim_template_name,
+    leader_worker_set_name,
     selector_labels,
     variant_name,
 )
 from octavo_operator.decision import Plan, Variant
 from octavo_operator.merge import merge
-from octavo_operator.observe import NODE_TYPE_LABEL, Manifest
+from octavo_operator.network import network_policies
+from octavo_operator.observe import GROUP_TEMPLATE, LEADER_WORKER_SET_KIND, NODE_TYPE_LABEL, TEMPLATE_HASH, Manifest
 from octavo_operator.pods import CLAIM, CONFIG_FILE, pod_template, user_template
 from octavo_operator.running import SPEC_HASH, VARIANT, remember, spec_hash
 
@@ -40,7 +42,8 @@ def render(owner: Owner, spec: InferenceServiceSpec, plan: Plan) -> list[Manifes
         *(_config_map(owner, variant, plan.model.geometry) for variant in plan.variants),
         *(_claim_template(owner, variant) for variant in plan.variants if variant.node_type.claim),
         _service(owner),
-        *(_deployment(owner, spec, plan, variant) for variant in plan.variants),
+        *network_policies(owner, spec, plan),
+        *(_workload(owner, spec, plan, variant) for variant in plan.variants),
     ]
     return [_with_hash(each) for each in objects]
 
@@ -100,34 +103,66 @@ def _service(owner: Owner) -> Manifest:
     }
 
 
-def _deployment(owner: Owner, spec: InferenceServiceSpec, plan: Plan, variant: Variant) -> Manifest:
+def _workload(owner: Owner, spec: InferenceServiceSpec, plan: Plan, variant: Variant) -> Manifest:
+    """What makes a variant's pods: a Deployment, or a LeaderWorkerSet where a replica has pods on several nodes."""
     labels = {NODE_TYPE_LABEL: variant.node_type.name}
+    make = _leader_worker_set if variant.split.num_nodes > 1 else _deployment
+    manifest = make(owner, spec, variant, labels)
+    manifest["metadata"]["annotations"] = {PLAN_HASH: plan.hash, SPEC_HASH: spec_hash(spec, owner.annotations)}
+    return manifest
+
+
+def _deployment(owner: Owner, spec: InferenceServiceSpec, variant: Variant, labels: dict[str, str]) -> Manifest:
     selector = {**selector_labels(owner.key), **labels}
-    template = merge(pod_template(owner, spec, variant), user_template(spec))
-    # A template that changed the labels would make pods that nobody finds.
-    template["metadata"]["labels"].update(selector)
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": {
-            **child_metadata(owner, variant_name(owner, variant), labels),
-            "annotations": {PLAN_HASH: plan.hash, SPEC_HASH: spec_hash(spec, owner.annotations)},
-        },
+        "metadata": child_metadata(owner, variant_name(owner, variant), labels),
         "spec": {
             "replicas": variant.replicas,
             "progressDeadlineSeconds": variant.deadline_s,
             "revisionHistoryLimit": 3,
             "selector": {"matchLabels": selector},
-            "strategy": {
-                "type": "RollingUpdate",
-                "rollingUpdate": {
-                    "maxSurge": 1 if variant.is_surge else 0,
-                    "maxUnavailable": 0 if variant.is_surge else 1,
-                },
-            },
-            "template": template,
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": _rolling_update(variant)},
+            "template": _template(owner, spec, variant),
         },
     }
+
+
+def _leader_worker_set(owner: Owner, spec: InferenceServiceSpec, variant: Variant, labels: dict[str, str]) -> Manifest:
+    """One group of pods for each replica: a leader, which serves, and workers; a pod that restarts restarts all."""
+    leader = _template(owner, spec, variant)
+    worker = _template(owner, spec, variant, is_worker=True)
+    digest = {"metadata": {"annotations": {TEMPLATE_HASH: _digest([leader, worker])}}}
+    return {
+        "apiVersion": "leaderworkerset.x-k8s.io/v1",
+        "kind": LEADER_WORKER_SET_KIND,
+        "metadata": child_metadata(owner, leader_worker_set_name(owner, variant), labels),
+        "spec": {
+            "replicas": variant.replicas,
+            "startupPolicy": "LeaderCreated",
+            "networkConfig": {"subdomainPolicy": "Shared"},
+            "rolloutStrategy": {"type": "RollingUpdate", "rollingUpdateConfiguration": _rolling_update(variant)},
+            GROUP_TEMPLATE: {
+                "size": variant.split.num_nodes,
+                "restartPolicy": "RecreateGroupOnPodRestart",
+                "leaderTemplate": merge(leader, digest),
+                "workerTemplate": merge(worker, digest),
+            },
+        },
+    }
+
+
+def _template(owner: Owner, spec: InferenceServiceSpec, variant: Variant, *, is_worker: bool = False) -> Manifest:
+    own = pod_template(owner, spec, variant, is_worker=is_worker)
+    template = merge(own, user_template(spec))
+    # A template that changed the labels would make pods that nobody finds.
+    template["metadata"]["labels"].update(own["metadata"]["labels"])
+    return template
+
+
+def _rolling_update(variant: Variant) -> Manifest:
+    return {"maxSurge": 1 if variant.is_surge else 0, "maxUnavailable": 0 if variant.is_surge else 1}
 
 
 def _claim_template(owner: Owner, variant: Variant) -> Manifest:
@@ -151,5 +186,8 @@ def _claim_template(owner: Owner, variant: Variant) -> Manifest:
 
 
 def _with_hash(manifest: Manifest) -> Manifest:
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
-    return merge(manifest, {"metadata": {"annotations": {MANIFEST_HASH: digest}}})
+    return merge(manifest, {"metadata": {"annotations": {MANIFEST_HASH: _digest(manifest)}}})
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from octavo_operator.children import label_selector, service_url
 from octavo_operator.decision import Plan, Variant
-from octavo_operator.observe import DeploymentState, Key
+from octavo_operator.observe import Key, WorkloadState
 from octavo_operator.status_api import (
     Condition,
     InferenceServiceStatus,
@@ -25,7 +25,7 @@ def make_status(
     key: Key,
     generation: int,
     plan: Plan | None,
-    deployments: Sequence[DeploymentState],
+    workloads: Sequence[WorkloadState],
     conditions: list[Condition],
     *,
     has_service: bool,
@@ -36,8 +36,8 @@ def make_status(
         conditions=conditions,
         plan=plan_status(plan) if plan else None,
         hardware=(plan.hardware if plan else None) or None,
-        replicas=sum(each.replicas for each in deployments),
-        ready_replicas=sum(each.ready for each in deployments),
+        replicas=sum(each.replicas for each in workloads),
+        ready_replicas=sum(each.ready for each in workloads),
         selector=label_selector(key),
         url=service_url(key) if has_service else None,
     )
@@ -59,7 +59,7 @@ def plan_status(plan: Plan) -> PlanStatus:
 
 def _variant_status(variant: Variant) -> VariantStatus:
     config, node_type = variant.config, variant.node_type
-    capacity = variant.capacity
+    capacity, split = variant.capacity, variant.split
     return VariantStatus(
         node_type=node_type.name,
         product=node_type.product or ("GPU" if node_type.is_gpu else "CPU"),
@@ -68,7 +68,8 @@ def _variant_status(variant: Variant) -> VariantStatus:
         image=variant.image,
         resource=node_type.claim.device_class if node_type.claim else node_type.resource or None,
         kernel_variant=kernel_variant(variant),
-        tensor_parallel=1,
+        tensor_parallel=split.tensor,
+        nodes_per_replica=split.num_nodes if split.num_nodes > 1 else None,
         dtype=None if config.dtype == "auto" else config.dtype,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,

@@ -8,18 +8,21 @@ from octavo_operator.api import Part
 
 
 class MemoryPlan(Part):
-    """Bytes of one replica's device memory, by use."""
+    """Bytes of the memory of each of a replica's GPUs, by use; on a CPU of the node's."""
 
     weights: int = Field(description="Bytes of the weights.")
     kv: int = Field(description="Bytes of the KV cache.")
     activations: int = Field(description="Bytes of the widest step's activations.")
     graphs: int = Field(description="Bytes of the decode steps' CUDA graphs.")
     runtime: int = Field(description="Bytes of interpreter, libraries and what the allocator loses.")
-    reserve: int = Field(description="Bytes left free of what the replica may take.")
+    reserve: int = Field(description="Bytes left free of what the replica may take there.")
 
 
 class Prediction(Part):
-    """The roofline of one replica: a limit by bandwidth and arithmetic, not a measurement."""
+    """The roofline of one replica: a limit by bandwidth and arithmetic, not a measurement.
+
+    Over several GPUs it leaves out what they exchange.
+    """
 
     decode_ms: float = Field(description="Least milliseconds of one decode step with maxNumSeqs requests.")
     decode_tokens_per_second: int = Field(description="Most tokens per second in decode.")
@@ -48,12 +51,15 @@ class VariantStatus(Part):
     resource: str | None = Field(None, description="What a pod asks for: an extended resource, or a DeviceClass.")
     kernel_variant: str = Field(description="Set of tuned kernels that the engine runs.")
     tensor_parallel: int = Field(description="GPUs that one engine spreads each layer over; 1 on a CPU.")
+    nodes_per_replica: int | None = Field(
+        None, description="Nodes that one engine runs on, as a group of a LeaderWorkerSet; absent: one."
+    )
     dtype: str | None = Field(None, description="Data type of weights and activations, where it is known.")
     max_model_len: int | None = Field(None, description="Longest context in tokens.")
     max_num_seqs: int | None = Field(None, description="Most requests that run at once in a replica.")
     max_num_batched_tokens: int | None = Field(None, description="Token budget of one step.")
     kv_blocks: int | None = Field(None, description="Blocks of the KV cache of a replica.")
-    memory: MemoryPlan | None = Field(None, description="Memory of a replica; absent while the geometry is unknown.")
+    memory: MemoryPlan | None = Field(None, description="Memory of each GPU; absent while the geometry is unknown.")
     predicted: Prediction | None = Field(None, description="Predicted limit of a replica's speed.")
     limits_why: LimitsWhy | None = Field(None, description="Why the limits are what they are.")
     why: str = Field(description="Why this node type was chosen.")

@@ -1,4 +1,4 @@
-"""The programs of the test cluster: Kubernetes 1.34 and Helm, built from Go modules into a cache, once.
+"""The programs of the test cluster: Kubernetes 1.34, Helm and LeaderWorkerSets, built once from Go modules.
 
 No package registry ships kube-apiserver as a binary, so it is compiled from source. What is built depends only
 on the Go files beside this module, whose hash is part of the cache folder's name: a change builds anew, and an
@@ -48,7 +48,10 @@ class Binaries:
 
 @dataclass(frozen=True, slots=True)
 class GoProgram:
-    """One Go program to build: `package` of the module in `source`, with `variables` set by the linker."""
+    """One Go program to build: `package` of the module in `source`, with `variables` set by the linker.
+
+    files: of `module`, to be kept beside the program
+    """
 
     name: str
     version: str
@@ -56,6 +59,8 @@ class GoProgram:
     package: str
     variables: Mapping[str, str]
     links: tuple[str, ...] = ()
+    module: str = ""
+    files: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -78,6 +83,7 @@ def _module_version(source: Path, module: str) -> str:
 
 KUBERNETES_VERSION = _module_version(_HERE / "controlplane", "k8s.io/kubernetes")
 HELM_VERSION = _module_version(_HERE / "helm", "helm.sh/helm/v3")
+LWS_VERSION = _module_version(_HERE / "lws", "sigs.k8s.io/lws")
 _MAJOR, _MINOR, _ = KUBERNETES_VERSION.removeprefix("v").split(".", 2)
 
 CONTROL_PLANE = GoProgram(
@@ -99,6 +105,17 @@ HELM = GoProgram(
     source=_HERE / "helm",
     package="helm.sh/helm/v3/cmd/helm",
     variables={f"{_HELM_VERSION_PACKAGE}.version": HELM_VERSION},
+)
+
+# Its libraries have the versions of the control plane's, so that what was compiled for that is not compiled again.
+LWS = GoProgram(
+    name="lws",
+    version=LWS_VERSION,
+    source=_HERE / "lws",
+    package="sigs.k8s.io/lws/cmd",
+    variables={},
+    module="sigs.k8s.io/lws",
+    files=("config/crd/bases/leaderworkerset.x-k8s.io_leaderworkersets.yaml", "config/webhook/manifests.yaml"),
 )
 
 
@@ -126,6 +143,11 @@ def helm_binary() -> Path:
     if found and _runs(found, "version"):
         return Path(found)
     return build(HELM) / "helm"
+
+
+def lws_folder() -> Path:
+    """The folder with the controller of LeaderWorkerSets, its CRD and its webhooks; built if missing (two minutes)."""
+    return build(LWS)
 
 
 def is_built() -> bool:
@@ -159,6 +181,8 @@ def _build_into(program: GoProgram, folder: Path) -> None:
             _compile([*command, program.package], program.source, environment, progress)
         for link in program.links:
             (output / link).symlink_to(program.name)
+        for file in program.files:
+            shutil.copyfile(_module_folder(program, environment) / file, output / Path(file).name)
         output.rename(folder)
 
 
@@ -171,6 +195,12 @@ def _count_packages(program: GoProgram, environment: Mapping[str, str]) -> int:
     if listed.returncode != 0:
         raise BuildError(f"the modules of {program.name} could not be loaded:\n{listed.stderr[-3000:]}")
     return len(listed.stdout.splitlines())
+
+
+def _module_folder(program: GoProgram, environment: Mapping[str, str]) -> Path:
+    command = ["go", "list", "-m", "-f", "{{.Dir}}", program.module]
+    run = subprocess.run(command, cwd=program.source, env=environment, capture_output=True, text=True, check=True)
+    return Path(run.stdout.strip())
 
 
 def _compile(command: list[str], source: Path, environment: Mapping[str, str], progress: "Progress") -> None:
@@ -298,6 +328,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     control_plane_binaries()
     helm_binary()
+    lws_folder()
 
 
 if __name__ == "__main__":

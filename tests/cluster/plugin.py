@@ -18,6 +18,7 @@ from control_plane import ControlPlane
 from forward import Forward
 from kube_client import Manifest
 from kubectl import Kubectl
+from leader_worker_sets import LeaderWorkerSets
 from process_node import NodeHost, NodeSpec
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -190,6 +191,14 @@ def hollow_nodes(node_host: NodeHost, objects: ApiObjects) -> Iterator[HollowNod
     node_host.remove(*names)
     for name in names:
         objects.delete("Node", name)
+
+
+@pytest.fixture
+def leader_worker_sets(control_plane: ControlPlane, objects: ApiObjects) -> Iterator[LeaderWorkerSets]:
+    """To be installed by the test, which begins without them."""
+    found = LeaderWorkerSets(control_plane, objects)
+    yield found
+    found.uninstall()
 
 
 @pytest.fixture

@@ -142,8 +142,8 @@ LIMITS: dict[str, tuple[Geometry, str, int, int, str, str]] = {
         "running requests wait for a full step, and 8,192 tokens would take over 200 ms",
     ),
     "logits that outweigh the model": (
-        QWEN_HALF_B, "l4", 208, 16384,
-        "logits and CUDA graphs of that many take 5% of the memory",
+        QWEN_HALF_B, "l4", 712, 16384,
+        "logits and token counts of that many take 5% of the memory",
         "reading a weight then takes 1/41 of multiplying with it (equal at 403 tokens)",
     ),
 }  # fmt: skip
@@ -173,18 +173,27 @@ def test_what_is_fixed_stays_and_says_so() -> None:
 
 def test_a_context_too_short_to_serve_does_not_count_as_fitting() -> None:
     with pytest.raises(CapacityError, match="for a context of 2048 tokens"):
-        plan(LLAMA_8B, int(18.9 * GIB))
-    assert plan(LLAMA_8B, int(18.9 * GIB), max_model_len=512, max_num_seqs=4).max_model_len == 512
+        plan(LLAMA_8B, int(18.7 * GIB))
+    assert plan(LLAMA_8B, int(18.7 * GIB), max_model_len=512, max_num_seqs=4).max_model_len == 512
 
 
-def test_graphs_keep_logits_of_every_size() -> None:
+def test_graphs_share_what_the_widest_of_them_takes() -> None:
     without = plan(LLAMA_8B, 80 * GIB, enable_cuda_graphs=False, max_num_seqs=4)
     capacity = plan(LLAMA_8B, 80 * GIB, max_num_seqs=4)
-    assert without.graph_bytes == 0
-    assert capacity.graph_bytes == (1 + 2 + 4) * 128256 * 2 + 3 * (8 << 20)
-    assert without.num_kv_blocks - capacity.num_kv_blocks == pytest.approx(
-        capacity.graph_bytes / capacity.kv_block_bytes, abs=1
-    )
+    assert (without.graph_bytes, without.max_graph_tokens) == (0, 0)
+    # Of a token: 3 hidden states, queries, keys and values, gate, up and their product.
+    token_bytes = 2 * (3 * 4096 + (32 + 2 * 8) * 128 + 3 * 14336)
+    assert (capacity.graph_bytes, capacity.max_graph_tokens) == (2048 * token_bytes, 2048)
+    lost = (capacity.graph_bytes + capacity.runtime_bytes - without.runtime_bytes) / capacity.kv_block_bytes
+    assert without.num_kv_blocks - capacity.num_kv_blocks == pytest.approx(lost, abs=1)
+    many = plan(LLAMA_8B, 80 * GIB, max_num_seqs=4096)
+    assert many.graph_bytes == 4096 * (token_bytes + 2 * 128256)
+
+
+def test_the_host_launches_only_steps_that_compute_longer() -> None:
+    assert plan(QWEN_HALF_B, 80 * GIB).max_graph_tokens == 8192
+    assert plan(QWEN_HALF_B, 80 * GIB, max_num_batched_tokens=700).max_graph_tokens == 700
+    assert plan(NEOX_20B, 80 * GIB).max_graph_tokens == 1024
 
 
 def test_a_quantised_checkpoint_takes_its_stored_bytes() -> None:

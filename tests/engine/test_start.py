@@ -27,7 +27,7 @@ def test_compiled_kernels_are_kept_where_the_user_says(fields, environment, fold
 def test_a_kernel_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(
-        "octavo_engine.start.open_device", lambda config: Device(torch.device("cuda"), BY_NAME["h100"], 1)
+        "octavo_engine.start.open_device", lambda config, seat: Device(torch.device("cuda"), BY_NAME["h100"], 1)
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     config = EngineConfig(model="/nowhere", kernel_cache_dir=str(tmp_path / "file" / "kernels"))

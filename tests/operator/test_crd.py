@@ -58,6 +58,7 @@ def test_only_pass_through_fields_keep_what_is_unknown():
     assert open_fields == {
         ".spec.model.geometry",
         ".spec.podTemplate", ".spec.podTemplate.metadata", ".spec.podTemplate.spec", ".spec.scheduling.affinity",
+        ".spec.security.networkPolicy.ingressFrom[]", ".spec.security.networkPolicy.egress[]",
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 from octavo_engine.geometry import geometry_to_data
 from octavo_operator.children import Owner, label_selector
 from octavo_operator.inspection import INSPECTION_LABEL, inspection_job, needs_inspection, read_inspection
-from octavo_operator.modelgeometry import IN_CONTAINER
+from octavo_operator.modelgeometry import IN_CONTAINER, WITH_ENGINES_KEYS
 from octavo_operator.observe import Key, ModelGeometry
 from operator_samples import LLAMA_8B, llama, spec
 
@@ -46,6 +46,8 @@ def refused(reason):
 NEEDS = {
     "a path": ({"model": {"uri": "/models/llama"}}, ModelGeometry(problem=IN_CONTAINER), True),
     "a path, planned only": ({"model": {"uri": "/m"}, "planOnly": True}, ModelGeometry(problem=IN_CONTAINER), False),
+    "a bucket": ({"model": {"uri": "s3://bucket/llama"}}, ModelGeometry(problem=WITH_ENGINES_KEYS), True),
+    "a registry": ({"model": {"uri": "oci://ghcr.io/a/b"}}, ModelGeometry(problem=WITH_ENGINES_KEYS), True),
     "known": ({}, LLAMA_8B, False),
     "gated, without a key": ({}, refused("ModelAccessDenied"), False),
     "gated, with a key": ({"model": {"uri": "hf://a/b", "secretRef": {"name": "t"}}}, refused("ModelNotFound"), True),

@@ -10,6 +10,7 @@ from octavo_engine.geometry import geometry_to_data
 from octavo_operator.conditions import make_conditions
 from octavo_operator.modelgeometry import (
     IN_CONTAINER,
+    WITH_ENGINES_KEYS,
     GeometryReader,
     read_geometry,
     stated_geometry,
@@ -78,6 +79,15 @@ async def test_a_path_in_the_container_is_not_looked_for_here(tmp_path):
     reader = GeometryReader(Hub(llama()))
     for address in (str(tmp_path), f"file://{tmp_path}"):
         assert await reader.read(address) == ModelGeometry(problem=IN_CONTAINER)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/llama", "oci://ghcr.io/org/llama:v1"])
+async def test_what_is_read_with_the_engines_credentials_is_not_asked_for_with_those_of_the_operator(address):
+    hub = Hub(llama())
+    assert await GeometryReader(hub).read(address) == ModelGeometry(problem=WITH_ENGINES_KEYS)
+    assert hub.num_asked == 0
+    # Somebody who plans on another machine may lack them, too: that refusal is not the last word.
+    assert not with_refusal(ModelGeometry(reason="ModelAccessDenied"), spec(model={"uri": address})).is_unsupported
 
 
 def state(fields: dict, model: ModelGeometry) -> tuple[str, str, str]:

@@ -1,6 +1,6 @@
 """What is known only ever gets newer, whatever order lists, watches and answers come in."""
 
-from octavo_operator.apiserver import DEPLOYMENT, INFERENCE_SERVICE, POD
+from octavo_operator.apiserver import DEPLOYMENT, INFERENCE_SERVICE, LEADER_WORKER_SET, POD
 from octavo_operator.objectstore import ObjectStore
 from octavo_operator.observe import Key
 from operator_samples import node_manifest
@@ -79,6 +79,27 @@ def test_running_sums_over_all_resources():
     running = store.running(OWNER, "")
     assert running.node_types == running.serving == frozenset({"cpu"})
     assert running.num_in_use == {"cpu": 4}
+
+
+def test_a_pod_with_several_gpus_takes_all_of_them_and_a_group_those_of_its_nodes():
+    labels = {"octavo.dev/inference-service": "other", "octavo.dev/node-type": "h100"}
+    metadata = {"namespace": "ns", "labels": labels, "annotations": {"octavo.dev/gpus": "4"}}
+    ready = {"conditions": [{"type": "Ready", "status": "True"}]}
+    pod = {"metadata": {**metadata, "name": "a", "uid": "a", "resourceVersion": "1"}, "spec": {"nodeName": "n"},
+           "status": ready}  # fmt: skip
+    worker_labels = {"octavo.dev/worker-of": "other", "octavo.dev/node-type": "h100"}
+    worker = {**pod, "metadata": {**pod["metadata"], "name": "b", "uid": "b", "labels": worker_labels}}
+    template = {"metadata": {"annotations": {"octavo.dev/gpus": "4"}}}
+    groups = {
+        "metadata": {"name": "g", "namespace": "ns", "uid": "g", "resourceVersion": "2", "labels": labels},
+        "spec": {"replicas": 3, "leaderWorkerTemplate": {"size": 2, "leaderTemplate": template}},
+    }
+    store = ObjectStore()
+    for kind, each in ((POD, pod), (POD, worker), (LEADER_WORKER_SET, groups)):
+        store.put(kind, each)
+    running = store.running(OWNER, "")
+    assert running.num_taken == {("n", "h100"): 8}
+    assert running.num_in_use == {"h100": 24}
 
 
 def test_a_heartbeat_of_a_node_is_no_change():

@@ -8,7 +8,7 @@ from octavo_engine.geometry import geometry_from_config
 from octavo_operator.modelgeometry import read_geometry
 from octavo_operator.nodes import find_node_types
 from octavo_operator.observe import ModelGeometry
-from octavo_operator.placement import price_per_hour
+from octavo_operator.placement import device_price
 from octavo_operator.plan import make_plan
 from octavo_operator.profiles import read_profiles
 from octavo_operator.running import Running
@@ -146,14 +146,19 @@ def test_the_engine_can_start_from_what_was_planned():
 
 
 def test_surges_only_where_a_place_is_free():
-    tight = [l4_node(gpus=1)]
     small = {"engine": {"quantization": "int8", "maxModelLen": 2048}}
-    free = planned(nodes=tight, **small)
-    full = planned(nodes=tight, running=Running(num_in_use={"l4": 1}), **small)
-    stuck = planned(nodes=[l4_node(gpus=9)], running=Running(stuck=frozenset({"l4"})), **small)
-    assert [each.variants[0].is_surge for each in (free, full, stuck)] == [True, False, False]
-    forced = {"rollout": {"strategy": "Surge"}}
-    assert planned(nodes=tight, running=Running(num_in_use={"l4": 1}), **small, **forced).variants[0].is_surge
+
+    def surges(gpus, running=None, **fields):
+        return planned(nodes=[l4_node(gpus=gpus)], running=running, **small, **fields).variants[0].is_surge
+
+    assert surges(2)
+    assert not surges(1)
+    # Once its own replica is there it is the same.
+    assert surges(2, Running(num_in_use={"l4": 1}, num_replicas={"l4": 1}))
+    assert not surges(1, Running(num_in_use={"l4": 1}, num_replicas={"l4": 1}))
+    assert not surges(2, Running(num_in_use={"l4": 1}))
+    assert not surges(9, Running(stuck=frozenset({"l4"})))
+    assert surges(1, rollout={"strategy": "Surge"})
 
 
 def test_suspend_keeps_the_variant_and_takes_its_replicas():
@@ -241,7 +246,7 @@ def test_a_share_of_a_device_costs_its_part():
     shared = node("s", product="NVIDIA-L4-SHARED", memory_mib=23_034, compute="8.9", gpus=4,
                   labels={"nvidia.com/gpu.replicas": "4"})  # fmt: skip
     (found,) = find_node_types([shared], table=PRICES).types
-    assert price_per_hour(found, PRICES) == pytest.approx(0.05)
+    assert device_price(found, PRICES) == pytest.approx(0.05)
 
 
 def test_a_sharer_is_told_its_part_of_the_memory():
@@ -345,8 +350,8 @@ def test_a_model_that_no_engine_runs_is_planned_all_the_same_to_show_its_memory(
     assert rejected(made)["cpu"].startswith("Qwen3MoeForCausalLM in float32 needs ")
 
 
-def test_says_how_many_gpus_would_hold_a_model_that_one_does_not():
-    made = planned(LLAMA_70B, [l4_node(gpus=1), h100_node(gpus=8)])
+def test_says_how_many_gpus_would_hold_a_model_that_all_nodes_do_not():
+    made = planned(LLAMA_70B, [l4_node(gpus=1), h100_node(gpus=1)])
     assert made.problem.reason == "ModelDoesNotFit"
-    assert rejected(made)["h100"].endswith("; it would fit on 2 GPUs of a node, but an engine uses one GPU")
-    assert rejected(made)["l4"].endswith("; it would fit on 9 GPUs, 1 in each of 9 nodes, but an engine uses one GPU")
+    assert rejected(made)["h100"].endswith("; it would fit on 2 GPUs, 1 in each of 2 nodes")
+    assert rejected(made)["l4"].endswith("; it would fit on 8 GPUs, 1 in each of 8 nodes")

@@ -18,6 +18,7 @@ from octavo_operator.render import MANIFEST_HASH, remembered_geometry, render
 from operator_samples import (
     DEFAULTS,
     LLAMA_8B,
+    LLAMA_70B,
     UNKNOWN,
     cpu_node,
     gh200_node,
@@ -289,3 +290,41 @@ def test_what_was_merged_in_does_not_differ(base, patch):
     merged = merge(base, patch)
     assert not differs(patch, merged)
     assert merge(merged, patch) == merged
+
+
+def policies_of(objects):
+    return {each["metadata"]["name"]: each["spec"] for each in objects if each["kind"] == "NetworkPolicy"}
+
+
+def test_makes_network_policies_only_where_asked():
+    assert not policies_of(rendered())
+    assert not policies_of(rendered(security={}))
+    (policy,) = policies_of(rendered(security={"networkPolicy": {}})).values()
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert policy["podSelector"]["matchLabels"]["octavo.dev/inference-service"] == "llama"
+    assert policy["ingress"] == [{"ports": [{"port": "http", "protocol": "TCP"}]}]
+    assert {port["port"] for rule in policy["egress"] for port in rule["ports"]} == {53, 80, 443}
+
+
+def test_a_network_policy_lets_in_and_out_what_the_spec_says():
+    gateway = {"namespaceSelector": {"matchLabels": {"team": "gateway"}}}
+    storage = {"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}], "ports": [{"port": 9000, "protocol": "TCP"}]}
+    asked = {"networkPolicy": {"ingressFrom": [gateway], "egress": [storage]}}
+    (policy,) = policies_of(rendered(security=asked)).values()
+    assert [each["from"] for each in policy["ingress"]] == [[gateway]]
+    assert policy["egress"][1:] == [storage]
+    (closed,) = policies_of(rendered(security={"networkPolicy": {"egress": []}})).values()
+    assert {port["port"] for rule in closed["egress"] for port in rule["ports"]} == {53}
+
+
+def test_the_pods_of_a_replica_over_nodes_reach_each_other():
+    nodes = [h100_node("a", gpus=1), h100_node("b", gpus=1)]
+    policies = policies_of(rendered(nodes, LLAMA_70B, security={"networkPolicy": {"egress": []}}))
+    assert set(policies) == {"llama", "llama-workers"}
+    workers = policies["llama-workers"]
+    assert workers["podSelector"]["matchLabels"]["octavo.dev/worker-of"] == "llama"
+    peers = [{"podSelector": each["podSelector"]} for each in policies.values()]
+    assert workers["ingress"] == [{"from": peers}]
+    for each in policies.values():
+        assert each["ingress"][-1] == {"from": peers}
+        assert each["egress"][-1] == {"to": peers}

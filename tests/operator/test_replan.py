@@ -178,6 +178,22 @@ def test_automatic_takes_one_node_type_after_the_other():
     assert second.outdated == ""
 
 
+def test_nodes_that_come_and_go_do_not_change_what_a_rollout_would_do():
+    """Places for two of two replicas: no surge. More of them change nothing until there is something to roll out."""
+    asked = spec(scaling={"replicas": 2})
+    before, tight = planned(asked, [h100_node(gpus=3)]), planned(asked, [h100_node(gpus=2)])
+    assert (before.variants[0].is_surge, tight.variants[0].is_surge) == (True, False)
+    more = planned(asked, [h100_node(gpus=8)], serves(asked, tight)(asked))
+    assert manifests(asked, more) == manifests(asked, tight)
+    fewer = planned(asked, [h100_node(gpus=1)], serves(asked, before)(asked))
+    assert manifests(asked, fewer) == manifests(asked, before)
+    automatic = spec(scaling={"replicas": 2}, **AUTOMATIC)
+    kept = planned(automatic, [h100_node(gpus=8)], serves(automatic, tight)(automatic))
+    assert not kept.variants[0].is_surge
+    edited = spec(scaling={"replicas": 2}, engine={"maxNumSeqs": 3})
+    assert planned(edited, [h100_node(gpus=8)], serves(asked, tight)(edited)).variants[0].is_surge
+
+
 def test_automatic_keeps_what_serves_where_a_new_plan_has_nowhere_to_run():
     asked = spec(**AUTOMATIC)
     before = planned(asked, [h100_node()])

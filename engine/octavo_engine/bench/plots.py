@@ -1,6 +1,7 @@
-"""Draws the batching results as SVG files that change only when the figures do."""
+"""Draws results as SVG files that change only when the figures do."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,22 @@ def plot_batching(
     axes.set_ylim(0, math.ceil(max(each.latency_s for each in padded.served + continuous.served) * 1.05))
     axes.set_xlabel("tokens of the answer")
     axes.set_ylabel("seconds from start to answer")
+    _save(figure, axes, path, title)
+
+
+def plot_bars(
+    path: Path, groups: Sequence[str], series: Mapping[str, Sequence[float]], ylabel: str, title: str
+) -> None:
+    """Bars side by side, with their values above them. series: label -> a value for each group; NaN: no bar."""
+    figure, axes = _figure()
+    width = 0.8 / len(series)
+    for index, (label, values) in enumerate(series.items()):
+        places = [group + (index - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        bars = axes.bar(places, values, width * 0.92, label=label, color=(_OURS, _BASELINE, _FORESIGHT)[index % 3])
+        axes.bar_label(bars, ["" if math.isnan(value) else f"{value:.0f}" for value in values], fontsize=8, padding=1)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylim(0, 105)
+    axes.set_ylabel(ylabel)
     _save(figure, axes, path, title)
 
 

@@ -4,7 +4,13 @@ from dataclasses import dataclass
 
 from octavo_kernels.hardware import Hardware
 
-from octavo_engine.capacity.limits import TYPICAL_CONTEXT, Choice, choose_batched_tokens, choose_seqs
+from octavo_engine.capacity.limits import (
+    TYPICAL_CONTEXT,
+    Choice,
+    choose_batched_tokens,
+    choose_seqs,
+    max_graph_tokens,
+)
 from octavo_engine.capacity.memory import (
     GIB,
     activation_bytes,
@@ -53,6 +59,7 @@ class Capacity:
     """The memory plan of one engine and the limits that follow from it. All sizes in bytes.
 
     runtime_bytes:        the process itself and what the allocator loses
+    max_graph_tokens:     steps with prompts are CUDA graphs up to this size, on a GPU; 0: none is one
     predicted_decode_ms:  a decode step with max_num_seqs sequences at contexts of predicted_context tokens
     predicted_ttft_ms:    a prompt of that length, alone
     """
@@ -67,6 +74,7 @@ class Capacity:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_graph_tokens: int
     predicted_context: int
     predicted_decode_ms: float
     predicted_prefill_tokens_per_s: float
@@ -123,6 +131,7 @@ def plan_capacity(
         max_model_len=model_len.value,
         max_num_seqs=num_seqs.value,
         max_num_batched_tokens=num_tokens.value,
+        max_graph_tokens=budget.max_graph_tokens(num_tokens.value),
         predicted_context=context,
         predicted_decode_ms=prediction.decode_s * 1e3,
         predicted_prefill_tokens_per_s=prediction.prefill_tokens_per_s,
@@ -196,19 +205,27 @@ class _Budget:
             dtype=activation_dtype(self.dtype, self.hardware),
             kv_cache_dtype=self.kv_cache_dtype,
             memory_bytes=self.usable_bytes,
-            free_bytes=max(0, self.usable_bytes - self.weights - runtime_bytes(self.hardware, self.weights)),
+            free_bytes=max(0, self.usable_bytes - self.weights - runtime_bytes(self.hardware, 0)),
         )
+
+    def max_graph_tokens(self, num_tokens: int) -> int:
+        """As `Capacity.max_graph_tokens`, of steps of at most `num_tokens`."""
+        if not self.limits.enable_cuda_graphs:
+            return 0
+        if not self.hardware.is_gpu:
+            return num_tokens
+        dtype = activation_dtype(self.dtype, self.hardware)
+        return max_graph_tokens(self.geometry, self.hardware, dtype, num_tokens)
 
     def shares(self, num_tokens: int, num_seqs: int) -> _Shares:
         """What a step of that size takes beside the weights and the cache."""
         dtype = activation_dtype(self.dtype, self.hardware)
         activations = activation_bytes(self.geometry, dtype, num_tokens, num_seqs)
-        has_graphs = self.hardware.is_gpu and self.limits.enable_cuda_graphs
-        return _Shares(
-            activations=activations,
-            graphs=graph_bytes(self.geometry, self.dtype, num_seqs) if has_graphs else 0,
-            runtime=runtime_bytes(self.hardware, self.weights + activations),
+        graph_tokens = self.max_graph_tokens(num_tokens)
+        graphs = (
+            graph_bytes(self.geometry, dtype, graph_tokens, num_seqs) if graph_tokens and self.hardware.is_gpu else 0
         )
+        return _Shares(activations, graphs, runtime_bytes(self.hardware, activations + graphs))
 
     def choose_blocks(self, shares: _Shares, num_seqs: int) -> tuple[Choice, Choice]:
         """The longest context and the blocks of the cache.

@@ -6,7 +6,6 @@ cut where requests would wait too long or would not find room in the KV cache.
 """
 
 import math
-from bisect import bisect_right
 from dataclasses import dataclass
 
 from octavo_kernels.hardware import Hardware
@@ -18,7 +17,7 @@ from octavo_engine.geometry import Geometry
 _READ_PART = 24
 # ... and the step no longer than a reader of one token after another (five a second) notices ...
 LONGEST_STEP_S = 0.2
-# ... and its activations no more than this share of the memory. So, too, logits and graphs of all sequences.
+# ... and its activations no more than this share of the memory. So, too, logits and token counts of all sequences.
 _ACTIVATION_SHARE = 0.05
 # Sequences in a step: with this many balances its arithmetic is well above the reading of the weights.
 _BALANCES = 1.5
@@ -28,6 +27,8 @@ TYPICAL_CONTEXT = 1024
 # A sequence that the cache has less room for than this would only be preempted.
 _SHORTEST_CONTEXT = 128
 _MOST_SEQS = 4096
+# What launching a layer's kernels one by one takes a slow host: shorter steps are better captured as CUDA graphs.
+_LAYER_LAUNCH_S = 1.4e-3
 # A CPU's rates depend on its cores, which the hardware table does not know; these were measured on two of them.
 _CPU_BATCHED_TOKENS, _CPU_SEQS = 256, 64
 _CPU_WHY = "measured on a CPU; its rates depend on cores that the hardware table does not know"
@@ -77,6 +78,12 @@ def choose_batched_tokens(
     return Choice(value, f"{why}; a full step takes {step_ms:.0f} ms at best")
 
 
+def max_graph_tokens(geometry: Geometry, hardware: Hardware, dtype: str, max_num_batched_tokens: int) -> int:
+    """Steps with prompts of up to so many tokens are CUDA graphs: the host would launch longer than they compute."""
+    num_tokens = geometry.num_layers * _LAYER_LAUNCH_S / _token_s(geometry, hardware, dtype)
+    return min(max_num_batched_tokens, _power_of_two_below(num_tokens))
+
+
 def choose_seqs(
     geometry: Geometry,
     hardware: Hardware,
@@ -115,16 +122,15 @@ def choose_seqs(
             f"{longest_s * 1e3:.0f} ms"
         )
     elif value == in_memory:
-        why = f"logits and CUDA graphs of that many take {_ACTIVATION_SHARE:.0%} of the memory"
+        why = f"logits and token counts of that many take {_ACTIVATION_SHARE:.0%} of the memory"
     else:
         why = f"the KV cache then holds {_SHORTEST_CONTEXT} tokens of each"
     return Choice(value, why)
 
 
 def _most_logits(geometry: Geometry, num_bytes: float, dtype: str) -> int:
-    """Sequences whose logits and graphs take no more than `num_bytes`, at least 8."""
-    counts = range(8, _MOST_SEQS + 1, 8)
-    return max(8, 8 * bisect_right(counts, num_bytes, key=lambda count: seq_bytes(geometry, dtype, count)))
+    """Sequences whose logits and token counts take no more than `num_bytes`, at least 8."""
+    return min(_MOST_SEQS, max(8, _round_down(num_bytes / seq_bytes(geometry, dtype))))
 
 
 def _power_of_two_above(value: float) -> int:

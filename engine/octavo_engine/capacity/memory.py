@@ -7,12 +7,11 @@ from octavo_engine.geometry import DTYPE_BYTES, Geometry
 
 GIB = 1 << 30
 FLOAT8 = "float8_e4m3fn"
-# What a process holds beside all that is counted: interpreter and libraries; on a GPU its context and workspaces.
-RUNTIME_BYTES = {"cpu": 768 << 20, "gpu": 1024 << 20}
-# What torch's allocator loses to rounding and to holes, as a share of weights and activations on a GPU.
-FRAGMENTATION = 0.02
-# What the driver keeps for one graph of a few hundred kernels.
-GRAPH_BYTES = 8 << 20
+# What a process holds beside all that is counted: interpreter and libraries; on a GPU its context and loaded kernels
+# (measured on an H100: 0.8 GiB, whatever the model).
+RUNTIME_BYTES = {"cpu": 768 << 20, "gpu": 896 << 20}
+# What torch's allocator loses on a GPU to rounding and to holes between what a step takes and frees.
+FRAGMENTATION = 0.15
 
 
 def weight_bytes(geometry: Geometry, hardware: Hardware, dtype: str, quantization: str = "none") -> int:
@@ -74,18 +73,24 @@ def check_kv_cache_dtype(asked: str, hardware: Hardware) -> None:
 
 
 def activation_bytes(geometry: Geometry, dtype: str, num_tokens: int, num_seqs: int) -> int:
-    """The widest moment of a step: the MLP's projections beside the residual, or the logits in fp32."""
-    return num_tokens * token_activation_bytes(geometry, dtype) + _logits_bytes(geometry, num_seqs)
+    """What sampling keeps of each sequence beside the widest moment of a step: its layers or, later, its logits."""
+    layers = num_tokens * token_activation_bytes(geometry, dtype)
+    return num_seqs * _counted_bytes(geometry) + max(layers, num_seqs * _logits_bytes(geometry, dtype))
 
 
-def _logits_bytes(geometry: Geometry, num_seqs: int) -> int:
-    """In fp32, and what sampling makes of them."""
-    return 3 * num_seqs * geometry.vocab_size * 4
+def _counted_bytes(geometry: Geometry) -> int:
+    """How often a sequence has seen each token, for its penalties."""
+    return geometry.num_logits * 4
 
 
-def seq_bytes(geometry: Geometry, dtype: str, num_seqs: int) -> int:
-    """What grows with the sequences of a step: their logits and the graphs of decode steps."""
-    return _logits_bytes(geometry, num_seqs) + graph_bytes(geometry, dtype, num_seqs)
+def _logits_bytes(geometry: Geometry, dtype: str) -> int:
+    """A sequence's, as they are computed and in fp32."""
+    return geometry.num_logits * (DTYPE_BYTES[dtype] + 4)
+
+
+def seq_bytes(geometry: Geometry, dtype: str) -> int:
+    """What a sequence of a step takes at most: what is counted of it, and its logits."""
+    return _counted_bytes(geometry) + _logits_bytes(geometry, dtype)
 
 
 def token_activation_bytes(geometry: Geometry, dtype: str) -> int:
@@ -110,11 +115,11 @@ def _mlp_features(geometry: Geometry) -> int:
     return max(dense, 3 * (routed + geometry.experts.shared_intermediate_size))
 
 
-def runtime_bytes(hardware: Hardware, allocated: int) -> int:
-    """The process itself, and what the allocator loses of `allocated` bytes."""
+def runtime_bytes(hardware: Hardware, passing: int) -> int:
+    """The process itself, and what the allocator loses of the `passing` bytes that steps take and free."""
     if not hardware.is_gpu:
         return RUNTIME_BYTES["cpu"]
-    return RUNTIME_BYTES["gpu"] + int(allocated * FRAGMENTATION)
+    return RUNTIME_BYTES["gpu"] + int(passing * FRAGMENTATION)
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -124,7 +129,8 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [*(size for size in steps if size < max_num_seqs), max_num_seqs]
 
 
-def graph_bytes(geometry: Geometry, dtype: str, max_num_seqs: int) -> int:
-    """Each graph keeps logits of its own; what lies between is shared, and counted as activations."""
-    sizes = graph_sizes(max_num_seqs)
-    return sum(sizes) * geometry.vocab_size * DTYPE_BYTES[dtype] + len(sizes) * GRAPH_BYTES
+def graph_bytes(geometry: Geometry, dtype: str, num_graph_tokens: int, num_seqs: int) -> int:
+    """The memory that all graphs share: what the widest of them takes, one of prompts or one of decodes."""
+    of_token = token_activation_bytes(geometry, dtype)
+    decodes = num_seqs * (of_token + geometry.num_logits * DTYPE_BYTES[dtype])
+    return max(num_graph_tokens * of_token, decodes)

@@ -36,7 +36,8 @@ def shard(geometry: Geometry, *, tensor: int = 1, pipeline: int = 1) -> Geometry
     """What the fullest of tensor x pipeline devices holds.
 
     Heads, MLPs and the vocabulary are divided; norms, routers and compressed keys and values are on every device, and
-    a KV head is on several where there are fewer heads than devices. A pipeline's ends hold one embedding each.
+    a KV head is on several where there are fewer heads than devices, and every one gets all logits. A pipeline's ends
+    hold one embedding each.
     Raises CapacityError that names what does not divide.
     """
     heads, kv_heads, experts = geometry.num_heads, geometry.num_kv_heads, geometry.experts
@@ -56,6 +57,7 @@ def shard(geometry: Geometry, *, tensor: int = 1, pipeline: int = 1) -> Geometry
         num_kv_heads=max(1, kv_heads // tensor),
         intermediate_size=geometry.intermediate_size // tensor,
         vocab_size=-(-geometry.vocab_size // tensor),
+        gathered_vocab_size=geometry.vocab_size if tensor > 1 else None,
         tie_word_embeddings=geometry.tie_word_embeddings or pipeline > 1,
         experts=_shard_experts(experts, tensor, num_layers) if experts else None,
     )

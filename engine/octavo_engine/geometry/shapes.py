@@ -112,6 +112,8 @@ class Geometry:
     latent:             None: the cache holds keys and values of each KV head
     weight_format:      None: linear layers are stored in `dtype`, or come out of GGUF as such
     checkpoint_bytes:   bytes of the weights as stored, from the files' headers; None: nobody read them
+    gathered_vocab_size: of a device's share of a model: the whole vocabulary, of which it gets all logits though it
+                        holds and computes `vocab_size` of them; None: it is the model
     """
 
     architecture: str
@@ -138,6 +140,12 @@ class Geometry:
     latent: LatentAttention | None = None
     weight_format: WeightFormat | None = None
     checkpoint_bytes: int | None = None
+    gathered_vocab_size: int | None = None
+
+    @property
+    def num_logits(self) -> int:
+        """Logits of one row that a device holds."""
+        return self.gathered_vocab_size or self.vocab_size
 
     @property
     def num_qkv_features(self) -> int:

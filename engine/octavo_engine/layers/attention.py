@@ -9,6 +9,7 @@ from octavo_engine.layers.layer import Layer
 from octavo_engine.layers.linear import FusedHeads, Linear
 from octavo_engine.layers.norm import RmsNorm
 from octavo_engine.layers.step import Step
+from octavo_engine.parallel import Group
 
 
 class Attention(Layer):
@@ -46,6 +47,26 @@ class Attention(Layer):
         self.k_norm = RmsNorm(self.head_dim, qk_norm_eps) if geometry.has_qk_norm else None
         self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
         self.o_proj = Linear(q_size, {"o_proj": geometry.hidden_size}, bias=geometry.has_output_bias)
+
+    def shard(self, group: Group) -> None:
+        """As `Layer.shard`: whole heads; several ranks have the same KV head where there are fewer than ranks."""
+        heads, kv_heads = group.share(self.num_heads), group.share_or_copy(self.num_kv_heads)
+        group_size = self.num_heads // self.num_kv_heads
+        self.num_heads, self.num_kv_heads = heads.stop - heads.start, kv_heads.stop - kv_heads.start
+        queries, keys = self._rows_of(heads), self._rows_of(kv_heads)
+        if self.qkv_proj.fused:
+            fused = slice(keys.start * (group_size + 2), keys.stop * (group_size + 2))
+            first = kv_heads.start * group_size
+            wanted = FusedHeads(self.num_kv_heads, self.head_dim, slice(heads.start - first, heads.stop - first))
+            self.qkv_proj.keep_rows({"qkv_proj": fused}, wanted)
+        else:
+            self.qkv_proj.keep_rows({"q_proj": queries, "k_proj": keys, "v_proj": keys})
+        self.o_proj.keep_columns(queries, group)
+        if self.alibi_slopes is not None:
+            self.alibi_slopes = self.alibi_slopes[heads].clone()
+
+    def _rows_of(self, heads: slice) -> slice:
+        return slice(heads.start * self.head_dim, heads.stop * self.head_dim)
 
     def forward(self, hidden: torch.Tensor, kv_cache_layer: torch.Tensor, step: Step) -> torch.Tensor:
         """[num_tokens, hidden_size] -> the same; the step's keys and values land in the cache."""

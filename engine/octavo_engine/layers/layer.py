@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from octavo_engine.parallel import Group
+
 
 class Layer(nn.Module):
     """A module whose call is its `forward`.
@@ -16,3 +18,9 @@ class Layer(nn.Module):
         super().__init_subclass__(**keywords)
         if "forward" in cls.__dict__:
             cls.__call__ = cls.forward  # type: ignore[method-assign]
+
+    def shard(self, group: Group) -> None:
+        """Keep this rank's share of the layer, before its weights have memory; a layer without one stays whole.
+
+        Called after the submodules' own. A layer whose weights are divided overrides it.
+        """

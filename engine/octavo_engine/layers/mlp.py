@@ -8,6 +8,7 @@ from octavo_kernels.ops.gelu import Approximate, gelu
 from octavo_engine.errors import UnsupportedModelError
 from octavo_engine.layers.layer import Layer
 from octavo_engine.layers.linear import Linear
+from octavo_engine.parallel import Group
 
 _GELU_NAMES: Mapping[str, Approximate] = {
     "gelu": "none",
@@ -36,6 +37,12 @@ class GatedMlp(Layer):
         )
         self.down_proj = Linear(intermediate_size, {"down_proj": hidden_size}, bias=bias)
 
+    def shard(self, group: Group) -> None:
+        """As `Layer.shard`: a share of the features between the projections."""
+        features = group.share(self.down_proj.in_features)
+        self.gate_up_proj.keep_rows({"gate_proj": features, "up_proj": features})
+        self.down_proj.keep_columns(features, group)
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] -> the same."""
         output: torch.Tensor = self.down_proj(self.gate_up_proj.silu_and_mul(hidden))
@@ -50,6 +57,12 @@ class Mlp(Layer):
         self.approximate = approximate
         self.up_proj = Linear(hidden_size, {"up_proj": intermediate_size}, bias=bias)
         self.down_proj = Linear(intermediate_size, {"down_proj": hidden_size}, bias=bias)
+
+    def shard(self, group: Group) -> None:
+        """As `Layer.shard`: a share of the features between the projections."""
+        features = group.share(self.down_proj.in_features)
+        self.up_proj.keep_rows({"up_proj": features})
+        self.down_proj.keep_columns(features, group)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] -> the same."""

@@ -16,7 +16,7 @@ import torch
 from octavo_engine.errors import ModelSourceError, UnsupportedModelError
 from octavo_engine.geometry import Geometry
 from octavo_engine.gguf_file import GgufFile, GgufTensor
-from octavo_engine.loading.weight_source import StoredTensor
+from octavo_engine.loading.weight_source import Part, StoredTensor
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -67,9 +67,14 @@ class GgufWeights:
         for tensor in self._file.tensors.values():
             if tensor.name != FREQUENCY_FACTORS:
                 name = hugging_face_name(tensor.name)
-                yield StoredTensor(name, self._sizes[tensor.name], partial(self._read, tensor, name))
+                shape = tuple(tensor.shape)
+                yield StoredTensor(name, self._sizes[tensor.name], shape, partial(self._read, tensor, name))
 
-    def _read(self, tensor: GgufTensor, name: str) -> torch.Tensor:
+    def _read(self, tensor: GgufTensor, name: str, part: Part = ()) -> torch.Tensor:
+        """A part is cut out of the whole tensor: blocks of quantised weights do not end where a share does."""
+        return self._read_whole(tensor, name)[part]
+
+    def _read_whole(self, tensor: GgufTensor, name: str) -> torch.Tensor:
         weight = torch.from_numpy(read_tensor(self._file, tensor))
         if self._file.architecture not in PERMUTED:
             return weight

@@ -1,4 +1,4 @@
-"""Build a model and fill it: every parameter from the checkpoint exactly once, one shard in memory at a time."""
+"""Build a model and fill it: every parameter from the checkpoint exactly once."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -21,9 +21,11 @@ from octavo_engine.loading.gguf_weights import GgufWeights
 from octavo_engine.loading.kv_scales import take_kv_scale
 from octavo_engine.loading.model_config import config_from_gguf, read_model_config
 from octavo_engine.loading.safetensors_weights import SafetensorsWeights
-from octavo_engine.loading.weight_source import StoredTensor, WeightSource
+from octavo_engine.loading.upload import Uploader
+from octavo_engine.loading.weight_source import Part, StoredTensor, WeightSource
 from octavo_engine.model_source import ModelFiles
 from octavo_engine.models import Model, find_model_class
+from octavo_engine.parallel import Ranks
 
 # (share of the bytes that are loaded, what is loading)
 ProgressCallback = Callable[[float, str], None]
@@ -46,6 +48,7 @@ class LoadedModel:
 class Slot:
     """Where one of the checkpoint's tensors goes: rows `start` to `stop` of a module's parameter.
 
+    shape: the checkpoint's; part: what this rank reads of it
     fused: how the checkpoint orders these rows, where it is not the module's order
     """
 
@@ -53,6 +56,8 @@ class Slot:
     parameter: str
     start: int
     stop: int
+    shape: tuple[int, ...]
+    part: Part = ()
     fused: FusedHeads | None = None
 
 
@@ -66,13 +71,17 @@ def load_model(
     *,
     max_model_len: int | None = None,
     load_format: LoadFormat = "auto",
+    ranks: Ranks | None = None,
 ) -> LoadedModel:
     """Build the model of `files` with its weights in `dtype` on `device`, packed for it and ready to run.
 
     quantization:  none, or int8 for linear layers with one scale per output channel
     max_model_len: longest context that will be served; default: the model's own
     load_format:   auto, or dummy for random weights, for which the folder needs nothing but config.json
-    Memory peaks at the weights plus one of the checkpoint's tensors, or two where their rows change places.
+    ranks:         those that the model is spread over, which `geometry`, that of the whole model, can be divided
+                   among; None: this process has all of it. Of a file of safetensors a rank reads its share alone.
+    Memory peaks at the weights plus one of the checkpoint's tensors, or two where their rows change places; for a GPU
+    several are read at a time.
     Raises UnsupportedModelError if the architecture is unknown, or if tensors are missing, unexpected or mis-shaped;
     ModelSourceError if the files cannot be read.
     """
@@ -81,6 +90,8 @@ def load_model(
     model_class = find_model_class(geometry.architecture)
     with torch.device("meta"):
         model = model_class.from_config(geometry, config, max_model_len or geometry.max_position_embeddings)
+    if ranks:
+        model.shard(ranks)
     if load_format == "dummy":
         fill_dummy_parameters(model, dtype, device, seed=0)
     else:
@@ -125,23 +136,28 @@ def fill_parameters(
     Raises UnsupportedModelError that names tensors which are missing, unexpected, double or mis-shaped.
     """
     slots = dict(_slots(model))
+    elsewhere = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.Identity))
     missing = set(slots)
     unexpected, num_read, num_bytes = [], 0, max(source.num_bytes, 1)
-    for stored in source:
-        name = model.own_name(stored.name)
-        if name in missing:
-            _fill(slots[name], stored, dtype, device)
-            missing.remove(name)
-        elif not take_kv_scale(model, name, stored) and not _is_dispensable(stored.name, name, model.geometry):
-            unexpected.append(stored.name)
-        num_read += stored.num_bytes
-        on_progress(min(num_read / num_bytes, 1.0), stored.name)
-    if missing:
-        raise UnsupportedModelError(f"the checkpoint lacks {_some(sorted(missing))}")
-    if unexpected:
-        raise UnsupportedModelError(
-            f"the checkpoint has tensors that {type(model).__name__} does not: {_some(unexpected)}"
-        )
+    with Uploader[StoredTensor](device) as uploader:
+        for stored in source:
+            name = model.own_name(stored.name)
+            if name in missing:
+                uploader.submit(_filling(slots[name], stored, dtype, device), stored)
+                missing.remove(name)
+            elif name.startswith(elsewhere):
+                pass  # another stage's
+            elif not take_kv_scale(model, name, stored) and not _is_dispensable(stored.name, name, model.geometry):
+                unexpected.append(stored.name)
+        if missing:
+            raise UnsupportedModelError(f"the checkpoint lacks {_some(sorted(missing))}")
+        if unexpected:
+            raise UnsupportedModelError(
+                f"the checkpoint has tensors that {type(model).__name__} does not: {_some(unexpected)}"
+            )
+        for stored in uploader.done():
+            num_read += stored.num_bytes
+            on_progress(min(num_read / num_bytes, 1.0), stored.name)
     on_progress(1.0, "weights loaded")
 
 
@@ -149,30 +165,61 @@ def _slots(model: Model) -> Iterator[tuple[str, Slot]]:
     """The name of each tensor that the model wants, and where it goes."""
     for path, module in model.named_modules():
         for parameter, tensor in module.named_parameters(recurse=False):
-            if not isinstance(module, Linear):
-                yield f"{path}.{parameter}", Slot(module, parameter, 0, len(tensor))
-                continue
-            parent, start = path.rpartition(".")[0], 0
-            for part, size in module.parts.items():
-                yield f"{parent}.{part}.{parameter}", Slot(module, parameter, start, start + size, module.fused)
-                start += size
+            if isinstance(module, Linear):
+                yield from _linear_slots(path.rpartition(".")[0], module, parameter)
+            elif isinstance(module, Embedding | OutputLayer):
+                num_here = module.rows.stop - module.rows.start
+                shape, part = (module.num_rows, *tensor.shape[1:]), _part((module.rows,), (module.num_rows,))
+                yield f"{path}.{parameter}", Slot(module, parameter, 0, num_here, shape, part)
+            else:
+                yield f"{path}.{parameter}", Slot(module, parameter, 0, len(tensor), tuple(tensor.shape))
 
 
-def _fill(slot: Slot, stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> None:
-    parameter = slot.module.get_parameter(slot.parameter)
-    tensor = stored.read()
-    expected = (slot.stop - slot.start, *parameter.shape[1:])
-    if tensor.shape != expected:
+def _linear_slots(parent: str, module: Linear, parameter: str) -> Iterator[tuple[str, Slot]]:
+    start = 0
+    for name, num_rows in module.parts.items():
+        shape: tuple[int, ...] = (num_rows, module.in_features)
+        part = _part((module.rows[name], module.columns), shape)
+        if parameter == "bias":
+            shape, part = shape[:1], _part((module.rows[name],), shape)
+        stop = start + module.num_own(name)
+        yield f"{parent}.{name}.{parameter}", Slot(module, parameter, start, stop, shape, part, module.fused)
+        start = stop
+
+
+def _part(part: Part, shape: tuple[int, ...]) -> Part:
+    """The same; nothing where that is the whole tensor, which is read faster."""
+    is_whole = all(each == slice(0, size) for each, size in zip(part, shape, strict=False))
+    return () if is_whole else part
+
+
+def _filling(
+    slot: Slot, stored: StoredTensor, dtype: torch.dtype, device: torch.device
+) -> Callable[[Uploader[StoredTensor]], None]:
+    """What fills the slot, once its parameter has memory."""
+    if stored.shape != slot.shape:
         raise UnsupportedModelError(
-            f"the checkpoint's {stored.name} has the shape {tuple(tensor.shape)}; the configuration asks for {expected}"
+            f"the checkpoint's {stored.name} has the shape {stored.shape}; the configuration asks for {slot.shape}"
         )
-    if not tensor.is_floating_point():
-        raise UnsupportedModelError(f"the checkpoint's {stored.name} holds {tensor.dtype}, which is not supported")
+    parameter = slot.module.get_parameter(slot.parameter)
     if parameter.is_meta:
         memory = torch.empty(parameter.shape, dtype=dtype, device=device)
+        if isinstance(slot.module, Embedding | OutputLayer):
+            memory[slot.stop :].zero_()  # what pads a rank's share
         parameter = nn.Parameter(memory, requires_grad=False)
         slot.module.register_parameter(slot.parameter, parameter)
-    parameter[slot.start : slot.stop].copy_(slot.fused.stack(tensor) if slot.fused else tensor)
+    rows = parameter[slot.start : slot.stop]
+
+    def fill(uploader: Uploader[StoredTensor]) -> None:
+        tensor = stored.read(slot.part)
+        if not tensor.is_floating_point():
+            raise UnsupportedModelError(f"the checkpoint's {stored.name} holds {tensor.dtype}, which is not supported")
+        if slot.fused:
+            rows.copy_(slot.fused.stack(uploader.to_device(tensor)))
+        else:
+            uploader.copy(rows, tensor)
+
+    return fill
 
 
 def _is_dispensable(stored_name: str, name: str, geometry: Geometry) -> bool:

@@ -1,14 +1,16 @@
-"""Weights from a folder of safetensors files, one or sharded. One shard is open at a time."""
+"""Weights from a folder of safetensors files, one or sharded."""
 
 import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from octavo_engine.errors import ModelSourceError
-from octavo_engine.loading.weight_source import StoredTensor
+from octavo_engine.loading.weight_source import Part, StoredTensor
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -34,12 +36,19 @@ class SafetensorsWeights:
 
 
 def _tensors(file: Path) -> Iterator[StoredTensor]:
-    with safe_open(file, framework="pt", device="cpu") as shard:
-        names = list(shard.keys())
-        # Headers do not say sizes through this interface; an equal share per tensor is enough for a progress bar.
-        share = file.stat().st_size // max(len(names), 1)
-        for name in names:
-            yield StoredTensor(name, share, partial(shard.get_tensor, name))
+    # Not in a block: it stays open for as long as somebody may read a tensor of it.
+    shard: Any = safe_open(file, framework="pt", device="cpu")
+    names = list(shard.keys())
+    # Headers do not say sizes through this interface; an equal share per tensor is enough for a progress bar.
+    share = file.stat().st_size // max(len(names), 1)
+    for name in names:
+        shape = tuple(shard.get_slice(name).get_shape())
+        yield StoredTensor(name, share, shape, partial(_read, shard, name))
+
+
+def _read(shard: Any, name: str, part: Part = ()) -> torch.Tensor:
+    tensor: torch.Tensor = shard.get_slice(name)[part] if part else shard.get_tensor(name)
+    return tensor
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -18,6 +18,8 @@ from octavo_engine.errors import UnsupportedModelError
 from octavo_engine.geometry import Geometry
 from octavo_engine.layers.decoder import Decoder
 from octavo_engine.layers.embedding import OutputLayer
+from octavo_engine.layers.layer import Layer
+from octavo_engine.parallel import Pipeline, Ranks
 
 ModelType = TypeVar("ModelType", bound="Model")
 
@@ -38,6 +40,7 @@ class Model(nn.Module, ABC):
         self.model = decoder
         tied = decoder.embed_tokens if geometry.tie_word_embeddings else None
         self.lm_head = OutputLayer(geometry.hidden_size, geometry.vocab_size, tied_to=tied)
+        self._has_logits = True
 
     @classmethod
     @abstractmethod
@@ -52,6 +55,24 @@ class Model(nn.Module, ABC):
     def own_name(cls, name: str) -> str:
         """The parameter that the checkpoint's tensor `name` belongs to."""
         return ".".join(cls.checkpoint_names.get(component, component) for component in name.split("."))
+
+    def shard(self, ranks: Ranks) -> None:
+        """Keep what one rank holds, before anything has memory; in the place of other stages' modules is nothing."""
+        if ranks.pipeline:
+            self._keep_stage(ranks.pipeline)
+        if ranks.tensor:
+            for module in reversed(list(self.modules())):  # those within others first
+                if isinstance(module, Layer):
+                    module.shard(ranks.tensor)
+
+    def _keep_stage(self, pipeline: Pipeline) -> None:
+        self.model.keep_stage(pipeline)
+        self._has_logits = pipeline.is_last
+        is_looked_up = pipeline.is_first or (pipeline.is_last and self.geometry.tie_word_embeddings)
+        if not is_looked_up:
+            self.model.embed_tokens = nn.Identity()  # type: ignore[assignment]
+        if not pipeline.is_last:
+            self.lm_head = nn.Identity()  # type: ignore[assignment]
 
     def forward(
         self,
@@ -69,7 +90,9 @@ class Model(nn.Module, ABC):
         return hidden
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_rows, hidden_size] -> [num_rows, vocab_size]."""
+        """[num_rows, hidden_size] -> [num_rows, vocab_size]; zeros before the last stage, which samples for all."""
+        if not self._has_logits:
+            return hidden.new_zeros(len(hidden), self.geometry.vocab_size)
         logits: torch.Tensor = self.lm_head(hidden)
         return logits
 

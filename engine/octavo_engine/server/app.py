@@ -17,7 +17,10 @@ DESCRIPTION = "OpenAI's API for one open-weight model, with probes and metrics."
 
 
 def create_app(serving: Serving) -> FastAPI:
-    """The application around one server's state. Every module of `routes/` brings its own router."""
+    """The application around one server's state. Every module of `routes/` brings its own router.
+
+    Nodes that lend node 0 their ranks answer probes and nothing else.
+    """
     # The pages of /docs and /redoc would load their scripts from elsewhere.
     app = FastAPI(
         title="Octavo",
@@ -28,12 +31,16 @@ def create_app(serving: Serving) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.serving = serving
-    for module in pkgutil.iter_modules(routes.__path__):
-        app.include_router(importlib.import_module(f"{routes.__name__}.{module.name}").router)
+    for name in _route_modules() if serving.config.node_rank == 0 else ["probes"]:
+        app.include_router(importlib.import_module(f"{routes.__name__}.{name}").router)
     install_error_handlers(app)
     app.add_middleware(BodyLimit)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+def _route_modules() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(routes.__path__)]
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -62,8 +62,9 @@ def _plain_type(annotation: Any) -> Any:
 def serve(config_file: Path | None, **flags: Any) -> None:
     """Serve MODEL with an OpenAI-compatible API.
 
-    MODEL is a folder, a .gguf file, hf://ORGANISATION/NAME, or pkg://PACKAGE/FILE.gguf. Every option can also be a
-    variable, such as OCTAVO_MAX_MODEL_LEN, or a field of the --config file.
+    MODEL is a folder, a .gguf file, hf://ORGANISATION/NAME, s3://BUCKET/PREFIX, oci://REGISTRY/REPOSITORY:TAG, or
+    pkg://PACKAGE/FILE.gguf. Every option can also be a variable, such as OCTAVO_MAX_MODEL_LEN, or a field of the
+    --config file.
 
     \b
     octavo serve hf://HuggingFaceTB/SmolLM2-135M-Instruct

@@ -9,7 +9,9 @@ import gc
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -21,8 +23,10 @@ from octavo_engine.async_engine import AsyncEngine
 from octavo_engine.config import EngineConfig
 from octavo_engine.engine_process import DEFAULT_CORE
 from octavo_engine.errors import ConfigError, EngineDeadError, OctavoError
+from octavo_engine.protocol import EnginePhase
 from octavo_engine.server.app import create_app
 from octavo_engine.server.metrics import Metrics
+from octavo_engine.server.nodes import make_node
 from octavo_engine.server.progress import show_start_up
 from octavo_engine.server.serving import Serving
 from octavo_engine.server.text import Tokenizer
@@ -75,6 +79,7 @@ class _Life:
         self._engine = AsyncEngine(config, core=core, observer=metrics)
         metrics.watch(self._engine)
         self._serving = Serving(config, self._engine, metrics)
+        self._node = make_node(config, self._engine.give_up, self._report_wait)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._last_signal = 0
@@ -90,12 +95,12 @@ class _Life:
         http = self._http_server()
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         try:
-            self._engine.start()
             return await self._until_end()
         finally:
             http.should_exit = True
             http.force_exit = self._hurry.is_set()
             await serving
+            await self._node.close(self._engine.failure.message if self._engine.failure else None)
             await self._engine.close()
             self._serving.close()
 
@@ -119,21 +124,27 @@ class _Life:
         start_up = asyncio.create_task(self._start_up())
         stop = asyncio.create_task(self._stop.wait())
         dead = asyncio.create_task(self._engine.wait_dead())
+        ended = asyncio.create_task(self._node.wait_end())
         try:
-            done, _ = await asyncio.wait({start_up, stop, dead}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({start_up, stop, dead, ended}, return_when=asyncio.FIRST_COMPLETED)
             if start_up in done:
                 await start_up
-                await asyncio.wait({stop, dead}, return_when=asyncio.FIRST_COMPLETED)
-            return await (self._drain() if stop.done() else self._mourn())
+                await asyncio.wait({stop, dead, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if stop.done() and self._config.node_rank and self._engine.pids:
+                # Node 0 drains, and needs this node's ranks until it is done.
+                await asyncio.wait({dead, ended}, timeout=self._config.drain_timeout_s)
+            return await (self._drain() if stop.done() or ended.done() else self._mourn())
         finally:
-            for task in (start_up, stop, dead):
+            for task in (start_up, stop, dead, ended):
                 task.cancel()
 
     async def _start_up(self) -> None:
         progress = asyncio.create_task(show_start_up(self._engine))
         try:
-            tokenizer = await asyncio.to_thread(self._load_tokenizer, self._config)
-            self._serving.use_tokenizer(tokenizer)
+            self._engine.start(await self._node.meet())
+            if self._config.node_rank == 0:
+                tokenizer = await _in_daemon_thread(lambda: self._load_tokenizer(self._config))
+                self._serving.use_tokenizer(tokenizer)
             await self._engine.wait_ready()
         except EngineDeadError:
             return  # `wait_dead` tells the same, and `_mourn` says it
@@ -147,9 +158,13 @@ class _Life:
             "model=%s is ready after %.1f s (%s)", self._config.model_name, self._engine.startup_elapsed_s(), phases
         )
 
+    def _report_wait(self, message: str) -> None:
+        self._engine.enter_phase(EnginePhase("starting", message=message))
+
     async def _mourn(self) -> int:
         """The engine is dead: let every request have its answer, and say why."""
         failure = self._engine.failure
+        await self._node.close(failure.message if failure else None)
         await self._wait_for_answers(ANSWER_S)
         if failure is not None and failure.is_user_error:
             raise OctavoError(failure.message)
@@ -177,6 +192,21 @@ class _Life:
         self._last_signal = number
         self._serving.is_draining = True
         (self._hurry if self._stop.is_set() else self._stop).set()
+
+
+async def _in_daemon_thread(load: Callable[[], Tokenizer]) -> Tokenizer:
+    """`asyncio.to_thread` with a thread that the process's end does not wait for: it may download for an hour."""
+    future: Future[Tokenizer] = Future()
+
+    def run() -> None:
+        future.set_running_or_notify_cancel()
+        try:
+            future.set_result(load())
+        except Exception as error:  # noqa: BLE001 - whoever waits gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="tokenizer", daemon=True).start()
+    return await asyncio.wrap_future(future)
 
 
 def listen(host: str, port: int) -> socket.socket:

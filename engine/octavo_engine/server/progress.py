@@ -15,7 +15,10 @@ logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.1
 LOGGED_FRACTION: Final = 0.25
-TITLES: Final = {"starting": "Starting", "loading": "Loading weights", "warming_up": "Warming up", "ready": "Ready"}
+TITLES: Final = {
+    "starting": "Starting", "downloading": "Downloading", "loading": "Loading weights", "warming_up": "Warming up",
+    "ready": "Ready",
+}  # fmt: skip
 
 
 async def show_start_up(engine: AsyncEngine) -> None:

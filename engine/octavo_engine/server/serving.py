@@ -67,10 +67,14 @@ class Serving:
         self.token_texts = TokenTexts(tokenizer)
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether start-up is over. Only node 0 of an engine needs a tokenizer."""
+        return self.engine.ready is not None and (self.tokenizer is not None or self.config.node_rank > 0)
+
+    @property
     def is_ready(self) -> bool:
-        """Whether a request would be answered now."""
-        is_loaded = self.engine.ready is not None and self.tokenizer is not None
-        return is_loaded and not self.engine.is_dead and not self.is_draining
+        """Whether a request would be answered now, or a rank of another node's engine runs here."""
+        return self.is_loaded and not self.engine.is_dead and not self.is_draining
 
     def require_ready(self) -> EngineReady:
         """The engine's limits. Raises ApiError 503, with Retry-After, where no request is taken."""

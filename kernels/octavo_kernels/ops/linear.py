@@ -38,10 +38,14 @@ class PackedLinear(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LinearKernel:
-    """An implementation: `pack(weight [out_features, in_features], bias [out_features] or None)` makes the layer."""
+    """An implementation: `pack(weight [out_features, in_features], bias [out_features] or None)` makes the layer.
+
+    is_copy: whether that takes memory of its own, beside the weight's
+    """
 
     name: str
     is_quantized: bool
+    is_copy: bool
     pack: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear]
 
 
@@ -176,11 +180,11 @@ def linear_silu_and_mul(packed: PackedLinear, hidden: torch.Tensor) -> torch.Ten
     return packed.silu_and_mul(hidden) if isinstance(packed, GpuLinear) else silu_and_mul(packed(hidden))
 
 
-TORCH = LinearKernel("torch", False, TorchLinear)
-ONEDNN_FLOAT32 = LinearKernel("onednn-float32", False, OneDnnLinear)
-FBGEMM_FLOAT16 = LinearKernel("fbgemm-float16", False, FbgemmFloat16Linear)
-TORCH_INT8 = LinearKernel("torch-int8", True, TorchInt8Linear)
-GPU = LinearKernel("gpu", False, GpuLinear)
+TORCH = LinearKernel("torch", False, False, TorchLinear)
+ONEDNN_FLOAT32 = LinearKernel("onednn-float32", False, True, OneDnnLinear)
+FBGEMM_FLOAT16 = LinearKernel("fbgemm-float16", False, True, FbgemmFloat16Linear)
+TORCH_INT8 = LinearKernel("torch-int8", True, True, TorchInt8Linear)
+GPU = LinearKernel("gpu", False, False, GpuLinear)
 
 
 def choose_linear(device: torch.device, dtype: torch.dtype, quantization: Quantization) -> LinearKernel:

@@ -1,4 +1,4 @@
-"""Starts `fake_server.py` and waits until it answers."""
+"""Starts `fake_server.py`, or a server with a real model, and waits until it answers."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -63,6 +63,13 @@ class ServerProcess:
             time.sleep(0.05)
         return response
 
+    def pid_of_rank(self, rank: int) -> int:
+        """The process of one rank of an engine that has several."""
+        children = Path(f"/proc/{self.popen.pid}/task/{self.popen.pid}/children").read_text().split()
+        commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
+        (found,) = (pid for pid, command in commands.items() if f'"rank":{rank},' in command)
+        return found
+
     def send_signal(self, number: signal.Signals) -> None:
         self.popen.send_signal(number)
 
@@ -72,9 +79,23 @@ class ServerProcess:
 
 @contextmanager
 def running_server(core: str, *options: str, until_ready: bool = True) -> Iterator[ServerProcess]:
-    """A server with that core, stopped at the end."""
-    arguments = [sys.executable, str(Path(__file__).with_name("fake_server.py")), core]
-    arguments += ["--host", "127.0.0.1", "--port", "0", *options]
+    """A server with that fake core, stopped at the end."""
+    fake_server = [sys.executable, str(Path(__file__).with_name("fake_server.py")), core]
+    with _running(fake_server, options, until_ready) as server:
+        yield server
+
+
+@contextmanager
+def running_model(model: str, *options: str, until_ready: bool = True) -> Iterator[ServerProcess]:
+    """`octavo serve` with a model, stopped at the end."""
+    command = [str(Path(sys.executable).with_name("octavo")), "serve", model]
+    with _running(command, options, until_ready) as server:
+        yield server
+
+
+@contextmanager
+def _running(command: Sequence[str], options: Sequence[str], until_ready: bool) -> Iterator[ServerProcess]:
+    arguments = [*command, "--host", "127.0.0.1", "--port", "0", *options]
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True) as popen:
         server = ServerProcess(popen)

@@ -15,11 +15,14 @@ from kubectl import Kubectl, KubectlError
 from operator_harness import (
     CHILD_KINDS,
     OWN,
+    TINY_CONFIG,
     GetService,
     Manifest,
     ServiceNodes,
+    condition,
     has_reached,
     inference_service,
+    on_a_volume,
 )
 from plugin import PROCESS_NODE, Forwarding, HollowNodes
 
@@ -83,6 +86,7 @@ def test_the_operator_lives_on_the_rights_of_the_chart(
     get_service: GetService,
     forwarding: Forwarding,
     scope: str,
+    tmp_path: Path,
 ) -> None:
     scheduling = service_nodes()
     values = {**ON_PROCESSES, "watchNamespace": "" if scope == "all namespaces" else namespace}
@@ -96,6 +100,19 @@ def test_the_operator_lives_on_the_rights_of_the_chart(
     objects.merge("InferenceService", "rights", {"spec": {"planOnly": True}}, namespace)
     eventually(lambda: has_reached(get_service("rights"), "True", "PlanOnly"), "its children go", 40)
     eventually(lambda: not any(objects.list(kind, namespace, OWN) for kind in CHILD_KINDS), "they are gone", 20)
+
+    if scope != "one namespace and nothing of the cluster":
+        # A model that only a pod sees, on a volume: the Job that looks at it is made and read under these rights.
+        (tmp_path / "tiny").mkdir()
+        (tmp_path / "tiny" / "config.json").write_text(json.dumps(TINY_CONFIG))
+        on_processes = {"scheduling": {"nodeSelector": {"kubernetes.io/hostname": PROCESS_NODE}}}
+        objects.apply(inference_service("inspected", namespace, **on_a_volume(tmp_path, **on_processes)))
+        eventually(lambda: has_reached(get_service("inspected"), "True", "ScaledToZero"), "it is inspected", 60)
+        inspected = get_service("inspected")
+        assert condition(inspected, "ModelFits")["reason"] == "Fits"
+        assert objects.list("Job", namespace, api="batch/v1")
+        objects.delete("InferenceService", "inspected", namespace)
+        eventually(lambda: not any(objects.list(kind, namespace, OWN) for kind in CHILD_KINDS), "it goes", 20)
 
     assert says_ready(run_helm, forwarding(OPERATOR, namespace).url) == "ok"
     lease = objects.get("Lease", OPERATOR, namespace)

@@ -141,6 +141,12 @@ def test_a_driver_that_is_too_old_is_refused_before_scheduling_and_its_update_is
     assert wait_for(get_service, "old", "True", "Serving")["status"]["hardware"] == "l4 x1"
 
 
+def allocated(objects: ApiObjects, namespace: str) -> list[set[str]]:
+    """The devices of each claim that has some."""
+    found = [each.get("status", {}).get("allocation") for each in objects.list("ResourceClaim", namespace)]
+    return [{result["device"] for result in each["devices"]["results"]} for each in found if each]
+
+
 def test_devices_that_only_dra_offers_are_claimed(
     operator_process: OperatorProcess,
     objects: ApiObjects,
@@ -156,7 +162,7 @@ def test_devices_that_only_dra_offers_are_claimed(
     )  # fmt: skip
     scheduling = service_nodes(capacity=LARGE)
     (node,) = objects.list("Node", selector=f"test={namespace}")
-    devices = [gpu_device(f"gpu-{index}", "NVIDIA H100 80GB HBM3", "9.0", 81_559) for index in range(2)]
+    devices = [gpu_device(f"gpu-{index}", "NVIDIA H100 80GB HBM3", "9.0", 81_559) for index in range(3)]
     manifest = resource_slice(node["metadata"]["name"], *devices)
     objects.apply(manifest)
     try:
@@ -164,9 +170,13 @@ def test_devices_that_only_dra_offers_are_claimed(
         objects.apply(inference_service("claim", namespace, **spec))
         found = wait_for(get_service, "claim", "True", "Serving")
         assert found["status"]["hardware"] == "h100 x2"
-        claims = objects.list("ResourceClaim", namespace)
-        allocated = {each["status"]["allocation"]["devices"]["results"][0]["device"] for each in claims}
-        assert allocated == {"gpu-0", "gpu-1"}
+        assert [len(each) for each in allocated(objects, namespace)] == [1, 1]
+        objects.merge("InferenceService", "claim", {"spec": {"scaling": {"replicas": 0}}}, namespace)
+        wait_for(get_service, "claim", "True", "ScaledToZero")
+        spread = {"scaling": {"replicas": 1}, "parallelism": {"tensor": 3}}
+        objects.merge("InferenceService", "claim", {"spec": spread}, namespace)
+        wait_for(get_service, "claim", "True", "Serving")
+        assert [each for each in allocated(objects, namespace) if len(each) > 1] == [{"gpu-0", "gpu-1", "gpu-2"}]
         objects.delete("InferenceService", "claim", namespace)
         eventually(lambda: not objects.list("ResourceClaimTemplate", namespace), "the template goes with the resource")
     finally:
@@ -270,7 +280,8 @@ def test_new_hardware_is_told_and_taken_up_when_asked(
 
     message = eventually(outdated, "PlanOutdated")["message"]
     assert message.startswith("a plan made now would run on h100 x1 instead of l4 x1; what serves is kept as it is")
-    time.sleep(5)
+    # Its own status is what the next pass is about.
+    time.sleep(1)
     assert [each["metadata"]["uid"] for each in objects.list("Pod", namespace, OWN)] == [pod["metadata"]["uid"]]
     assert deployments_of(objects, namespace)["l4"]["metadata"]["generation"] == generation
     assert condition(get_service("calm"), "Ready")["status"] == "True"
@@ -302,7 +313,8 @@ def test_changed_labels_restart_nothing_until_the_policy_says_so(
         return found if found.get("status") == "True" else None
 
     assert "would run on l4-shared x1 instead of l4 x1" in eventually(outdated, "PlanOutdated")["message"]
-    time.sleep(5)
+    # Its own status is what the next pass is about.
+    time.sleep(1)
     assert [each["metadata"]["uid"] for each in objects.list("Pod", namespace, OWN)] == [pod["metadata"]["uid"]]
     objects.merge("InferenceService", "label", {"spec": {"rollout": {"replan": "Automatic"}}}, namespace)
     eventually(lambda: set(deployments_of(objects, namespace)) == {"l4-shared"}, "the shares are used", timeout_s=40)

@@ -6,30 +6,14 @@ from pathlib import Path
 import pytest
 from api_objects import ApiObjects
 from operator_harness import (
+    TINY_CONFIG,
     GetService,
-    Manifest,
     OperatorProcess,
     condition,
     inference_service,
+    on_a_volume,
     wait_for,
 )
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 6,
-    "intermediate_size": 80, "vocab_size": 100, "max_position_embeddings": 64,
-}  # fmt: skip
-
-
-def on_a_volume(folder: Path, **spec: object) -> Manifest:
-    """A model in `folder` of the node, which pods see as /models/tiny."""
-    volume = {"name": "models", "hostPath": {"path": str(folder)}}
-    engine = {"name": "engine", "volumeMounts": [{"name": "models", "mountPath": "/models"}]}
-    return {
-        "model": {"uri": "/models/tiny"},
-        "podTemplate": {"spec": {"volumes": [volume], "containers": [engine]}},
-        "scaling": {"replicas": 0},
-        **spec,
-    }
 
 
 @pytest.mark.usefixtures("cluster")
@@ -37,7 +21,7 @@ def test_a_model_on_a_volume_is_planned_with_its_geometry(
     operator_process: OperatorProcess, objects: ApiObjects, namespace: str, get_service: GetService, tmp_path: Path
 ) -> None:
     (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(TINY_CONFIG))
     objects.apply(inference_service("volume", namespace, **on_a_volume(tmp_path)))
     found = wait_for(get_service, "volume", "True", "ScaledToZero", 90)
     assert condition(found, "ModelFits")["reason"] == "Fits"

@@ -2,13 +2,17 @@
 server that goes away.
 """
 
+import contextlib
 import random
+import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from api_objects import ApiObjects, eventually
+from audit import AuditLog
 from control_plane import ControlPlane
 from kubectl import Kubectl
 from kubernetes.client.exceptions import ApiException
@@ -19,6 +23,7 @@ from operator_harness import (
     OperatorProcess,
     Recorder,
     assert_statuses_are_honest,
+    condition,
     has_reached,
     inference_service,
 )
@@ -165,13 +170,15 @@ def test_a_second_replica_takes_over(
     assert holder() != first_holder
 
     third = make_operator(*election, log="third.log").start().wait_until_ready()
-    assert second.stop() == 0
+    assert second.stop(timeout_s=3) == 0
     started = time.monotonic()
     eventually(lambda: third.metrics()["octavo_operator_leader"] == 1, "the third leads", 10)
     assert time.monotonic() - started < 5, "a leader that stops gives its Lease back"
     objects.apply(inference_service("after-stop", namespace, scheduling=scheduling))
     eventually(lambda: are_all_serving(objects, namespace, 2), "the third acts", 30)
-    assert third.stop() == 0
+    fourth = make_operator(*election, log="fourth.log").start().wait_until_ready()
+    assert fourth.stop(timeout_s=3) == 0, "one that waits for the Lease ends at once, too"
+    assert third.stop(timeout_s=3) == 0
     assert not holder()
 
 
@@ -188,7 +195,7 @@ def test_survives_an_api_server_that_goes_away(
     objects.apply(inference_service("before", namespace, scheduling=scheduling))
     eventually(lambda: are_all_serving(objects, namespace, 1), "it serves", 60)
     control_plane.stop_component("kube-apiserver")
-    time.sleep(3)
+    time.sleep(1)
     control_plane.start_component("kube-apiserver")
 
     def is_applied() -> bool:
@@ -201,4 +208,107 @@ def test_survives_an_api_server_that_goes_away(
     eventually(is_applied, "the API server is back", 60)
     eventually(lambda: are_all_serving(objects, namespace, 2), "the operator goes on", 90)
     assert operator.probe("/healthz") == 200
+    assert "Traceback" not in operator.log.read_text()
+
+
+L4 = {
+    "nvidia.com/gpu.product": "NVIDIA-L4", "nvidia.com/gpu.memory": "23034",
+    "nvidia.com/gpu.compute.major": "8", "nvidia.com/gpu.compute.minor": "9", "nvidia.com/cuda.driver.major": "580",
+}  # fmt: skip
+H100 = L4 | {
+    "nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3", "nvidia.com/gpu.memory": "81559",
+    "nvidia.com/gpu.compute.major": "9", "nvidia.com/gpu.compute.minor": "0",
+}  # fmt: skip
+
+
+def test_changed_nodes_cost_each_resource_one_write(
+    crd: str,
+    control_plane: ControlPlane,
+    objects: ApiObjects,
+    namespace: str,
+    service_nodes: Callable[..., Manifest],
+    tmp_path: Path,
+) -> None:
+    """One GPU of six is left, and then none: what is told changes, and what a rollout would do, but nothing rolls."""
+    capacity = {"cpu": "64", "memory": "512Gi", "nvidia.com/gpu": "2"}
+    scheduling = service_nodes(3, labels=L4, capacity=capacity)
+    user = f"operator-{namespace}"
+    audit = AuditLog(control_plane.audit_log, user)
+    for number in range(5):
+        objects.apply(inference_service(f"quiet-{number}", namespace, scheduling=scheduling))
+    kubeconfig = control_plane.user_kubeconfig(user, "system:masters")
+    with OperatorProcess(kubeconfig, tmp_path / "log", "--no-leader-election", "--namespace", namespace):
+        eventually(lambda: are_all_serving(objects, namespace, 5), "they serve", 30)
+        eventually(lambda: not audit.read() and time.sleep(0.5) is None and not audit.read(), "it is quiet")
+        (node, *_) = objects.list("Node", selector=f"test={namespace}")
+        objects.merge("Node", node["metadata"]["name"], {"metadata": {"labels": H100}})
+
+        def are_all_outdated() -> bool:
+            found = objects.list("InferenceService", namespace, api=API)
+            return all(condition(each, "PlanOutdated").get("status") == "True" for each in found)
+
+        eventually(are_all_outdated, "all say that their plan is outdated", 30)
+        time.sleep(1)
+        writes = audit.read()
+    del writes["events"]
+    assert writes == {"inferenceservices/status": 5}
+
+
+class Cable:
+    """A loopback port before the API server. `freeze` keeps its connections open, and lets nothing through."""
+
+    def __init__(self, server: str) -> None:
+        self._target = ("127.0.0.1", int(server.rpartition(":")[2]))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._is_frozen = threading.Event()
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def freeze(self) -> None:
+        self._is_frozen.set()
+
+    def close(self) -> None:
+        self._is_frozen.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(self._target)
+                for ends in ((client, server), (server, client)):
+                    threading.Thread(target=self._carry, args=ends, daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError), target:
+            while (data := source.recv(65536)) and not self._is_frozen.is_set():
+                target.sendall(data)
+            while self._is_frozen.is_set() and data:
+                data = source.recv(65536)
+
+
+def test_ends_while_passes_hang_the_queue_is_full_and_the_api_server_is_silent(
+    crd: str, control_plane: ControlPlane, objects: ApiObjects, namespace: str, tmp_path: Path
+) -> None:
+    for number in range(10):
+        manifest = inference_service(f"hung-{number}", namespace, model={"uri": f"hf://organisation/model-{number}"})
+        objects.apply(manifest)
+    cable = Cable(control_plane.server)
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(
+        control_plane.kubeconfig.read_text().replace(control_plane.server, f"https://127.0.0.1:{cable.port}")
+    )
+    with contextlib.closing(cable), socket.create_server(("127.0.0.1", 0)) as hub:
+        operator = OperatorProcess(
+            kubeconfig, tmp_path / "log",
+            "--namespace", namespace, "--lease-namespace", namespace, "--lease-name", "cable", "--workers", "2",
+            environment={"HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}", "HF_HOME": str(tmp_path)},
+        )  # fmt: skip
+        with contextlib.closing(operator.start().wait_until_ready()):
+            eventually(lambda: operator.metrics()["octavo_operator_queue_depth"] >= 8, "the queue is full")
+            cable.freeze()
+            started = time.monotonic()
+            assert operator.stop(timeout_s=10) == 0
+            assert time.monotonic() - started < 4, "two seconds to give the Lease back, and no more"
     assert "Traceback" not in operator.log.read_text()

@@ -4,6 +4,7 @@ Name it there as `tools.bench_peers.gpu.octavo_adapter:Octavo`, from the reposit
 the option `load_format` is `auto`; every other option is a field of the engine's configuration.
 """
 
+import gc
 import os
 import sys
 import tempfile
@@ -30,6 +31,9 @@ class Octavo:
         options = {name: value for name, value in opts.items() if name not in _FOREIGN_OPTIONS}
         fields = {"model": model_dir, "max_model_len": max_len, "load_format": "dummy", **options}
         self._core = EngineCore(load_config(fields, {}), lambda phase: None)
+        # As an engine process does.
+        gc.collect()
+        gc.freeze()
 
     def generate(self, prompts: Sequence[Sequence[int]], out_len: int) -> list[list[int]]:
         """Greedy answers of exactly `out_len` tokens."""

@@ -24,7 +24,7 @@ class Startup(TypedDict):
     """How far the start has come; `fraction` is of this phase, and `remaining_s` an estimate, or null.
 
     `phases_s`: how long each phase took, the present one so far: starting (imports, device, the model's address),
-    loading (weights), warming_up (CUDA graphs and kernels).
+    downloading (from an object store or a registry), loading (weights), warming_up (CUDA graphs and kernels).
     """
 
     status: Literal["ok", "unavailable"]
@@ -70,7 +70,7 @@ async def health(serving: ServingOfApp) -> Response:
 async def startupz(serving: ServingOfApp) -> Response:
     """Fails until the model is loaded, and tells how far that is."""
     engine = serving.engine
-    is_started = engine.ready is not None and serving.tokenizer is not None
+    is_started = serving.is_loaded
     phase = engine.phase
     reply: Startup = {
         "status": "ok" if is_started else "unavailable",
