@@ -163,8 +163,8 @@ class Parallelism(Part):
     )
     pipeline: GpuCount | None = Field(
         None,
-        description="Stages, each with its own layers on GPUs of its own. The engine serves 1, which is what absent "
-        "means; with more, the plan says that it does not.",
+        description="Stages, each with its own layers on GPUs of its own; a step passes them in turn. Absent: one in "
+        "each node of a replica.",
     )
 
 

@@ -102,7 +102,7 @@ def _fit_split(spec: InferenceServiceSpec, node_type: NodeType, geometry: Geomet
         kv_cache_dtype=kv_cache_dtype,
         limits=limits_of(engine),
         memory_utilization=MEMORY_UTILIZATION,
-    )
+    ).of_stages(split.pipeline)
     settings: dict[str, object] = {}
     if node_type.is_gpu:
         requests = _gpu_requests(node_type, planned.weight_bytes, split)

@@ -3,7 +3,7 @@
 Which split holds the model is `fit.py`'s to find out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from octavo_engine.config import EngineConfig
@@ -13,9 +13,6 @@ from octavo_operator.api import InferenceServiceSpec
 from octavo_operator.nodes import NodeType
 
 MOST_NODES = 16
-# That the engine runs one after the other. With more, a pipeline from node to node comes before tensor parallelism over
-# nodes, which exchanges far more.
-MOST_STAGES = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +95,6 @@ def splits(asked: Asked, node_type: NodeType, num_heads: int) -> Iterator[Split]
     A degree that does not divide the heads is tried only if it is asked for: the error then says why it cannot be.
     Raises CapacityError that says why there is nothing to try.
     """
-    if (asked.pipeline or 1) > MOST_STAGES:
-        raise CapacityError(f"parallelism.pipeline: {asked.pipeline} is not served yet: the engine runs {MOST_STAGES}")
     if node_type.is_part or not node_type.is_gpu:
         if not asked.allows(Split()):
             what = "a slice or a share of a GPU" if node_type.is_part else "a CPU"
@@ -108,7 +103,7 @@ def splits(asked: Asked, node_type: NodeType, num_heads: int) -> Iterator[Split]
         return
     is_any = False
     for num_nodes in range(1, min(MOST_NODES, max(1, node_type.num_nodes)) + 1):
-        for each in _over(num_nodes, node_type.devices_per_node):
+        for each in _over(num_nodes, node_type.devices_per_node, {1, num_nodes, asked.pipeline or 1}):
             if asked.tensor is None and num_heads % each.tensor:
                 continue
             # Those that one node has are there even if it is away.
@@ -123,12 +118,15 @@ def splits(asked: Asked, node_type: NodeType, num_heads: int) -> Iterator[Split]
         )
 
 
-def _over(num_nodes: int, devices_per_node: int) -> list[Split]:
-    """Every split over so many nodes. A stage from node to node comes first, since it exchanges least."""
+def _over(num_nodes: int, devices_per_node: int, stages: Collection[int]) -> list[Split]:
+    """Every split over so many nodes. A stage in each node comes first: it exchanges far less than tensor parallelism.
+
+    stages: numbers of them to try
+    """
     found = [
         Split(num_gpus // pipeline, pipeline, num_nodes)
         for num_gpus in range(num_nodes, num_nodes * devices_per_node + 1, num_nodes)
-        for pipeline in range(1, MOST_STAGES + 1)
+        for pipeline in stages
         if num_gpus % pipeline == 0 and (pipeline == 1 or pipeline % num_nodes == 0)
     ]
     return sorted(found, key=lambda each: (each.pipeline != num_nodes, each.num_gpus, each.pipeline))

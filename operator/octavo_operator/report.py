@@ -69,6 +69,7 @@ def _variant_status(variant: Variant) -> VariantStatus:
         resource=node_type.claim.device_class if node_type.claim else node_type.resource or None,
         kernel_variant=kernel_variant(variant),
         tensor_parallel=split.tensor,
+        pipeline_parallel=split.pipeline if split.pipeline > 1 else None,
         nodes_per_replica=split.num_nodes if split.num_nodes > 1 else None,
         dtype=None if config.dtype == "auto" else config.dtype,
         max_model_len=config.max_model_len,

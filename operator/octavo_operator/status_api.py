@@ -51,6 +51,9 @@ class VariantStatus(Part):
     resource: str | None = Field(None, description="What a pod asks for: an extended resource, or a DeviceClass.")
     kernel_variant: str = Field(description="Set of tuned kernels that the engine runs.")
     tensor_parallel: int = Field(description="GPUs that one engine spreads each layer over; 1 on a CPU.")
+    pipeline_parallel: int | None = Field(
+        None, description="Stages of consecutive layers that one engine runs one after the other; absent: one."
+    )
     nodes_per_replica: int | None = Field(
         None, description="Nodes that one engine runs on, as a group of a LeaderWorkerSet; absent: one."
     )

@@ -190,6 +190,15 @@ def test_graphs_share_what_the_widest_of_them_takes() -> None:
     assert many.graph_bytes == 4096 * (token_bytes + 2 * 128256)
 
 
+def test_a_step_passes_all_stages() -> None:
+    one = plan(LLAMA_8B, 80 * GIB)
+    all_three = one.of_stages(3)
+    assert all_three.predicted_decode_ms == pytest.approx(3 * one.predicted_decode_ms)
+    assert all_three.predicted_ttft_ms == pytest.approx(3 * one.predicted_ttft_ms)
+    assert all_three.predicted_prefill_tokens_per_s == pytest.approx(one.predicted_prefill_tokens_per_s / 3)
+    assert all_three.total_bytes == one.total_bytes
+
+
 def test_the_host_launches_only_steps_that_compute_longer() -> None:
     assert plan(QWEN_HALF_B, 80 * GIB).max_graph_tokens == 8192
     assert plan(QWEN_HALF_B, 80 * GIB, max_num_batched_tokens=700).max_graph_tokens == 700

@@ -56,15 +56,23 @@ SPLITS = {
         LLAMA_70B, [h100_node("a", gpus=1), h100_node("b", gpus=4)], {}, Split(2), "2 GPUs of a node",
     ),
     "nodes of one GPU": (
-        LLAMA_70B, [gh200_node("a"), gh200_node("b")], {}, Split(2, 1, 2), "2 GPUs, 1 in each of 2 nodes: fewer",
+        LLAMA_70B, [gh200_node("a"), gh200_node("b")], {}, Split(1, 2, 2), "2 GPUs, 1 in each of 2 nodes: fewer",
     ),
-    "two nodes": (LLAMA_405B, two(h100_node), {}, Split(16, 1, 2), "16 GPUs, 8 in each of 2 nodes: fewer"),
+    "two nodes": (LLAMA_405B, two(h100_node), {}, Split(8, 2, 2), "16 GPUs, 8 in each of 2 nodes: fewer"),
     "as asked": (
         LLAMA_8B, [h100_node()], {"parallelism": {"tensor": 4}}, Split(4), "the spec asks for parallelism.tensor: 4",
     ),
     "as asked in GPUs": (
         LLAMA_8B, [h100_node()], {"hardware": {"gpusPerReplica": 8}}, Split(8),
         "the spec asks for hardware.gpusPerReplica: 8",
+    ),
+    "stages as asked": (
+        LLAMA_8B, [h100_node()], {"parallelism": {"pipeline": 2}}, Split(1, 2),
+        "the spec asks for parallelism.pipeline: 2",
+    ),
+    "stages whose heads are divided as asked": (
+        LLAMA_8B, two(h100_node), {"parallelism": {"pipeline": 4, "tensor": 4}}, Split(4, 4, 2),
+        "parallelism.tensor: 4",
     ),
     "over two nodes if asked": (
         LLAMA_8B, two(l4_node), {"parallelism": {"tensor": 16}}, Split(16, 1, 2), "parallelism.tensor: 16",
@@ -117,9 +125,9 @@ REFUSED = {
         UNKNOWN, [h100_node()], {"parallelism": {"tensor": 9}},
         "parallelism.tensor: 9 cannot be had: there are 1 nodes of this type with up to 8 GPUs each, a replica has",
     ),
-    "stages": (
-        LLAMA_8B, [h100_node()], {"parallelism": {"pipeline": 2}},
-        "parallelism.pipeline: 2 is not served yet: the engine runs 1",
+    "more stages than GPUs": (
+        LLAMA_8B, two(h100_node), {"parallelism": {"pipeline": 32}},
+        "parallelism.pipeline: 32 cannot be had: there are 2",
     ),
 }  # fmt: skip
 
@@ -244,7 +252,7 @@ def test_the_engine_reads_its_place_in_the_group(tmp_path):
     environment = {"LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1", "LWS_LEADER_ADDRESS": address}
     config = load_config({}, environment, file)
     assert (config.num_nodes, config.node_rank, config.leader_address) == (2, 1, address)
-    assert config.tensor_parallel_size == 16
+    assert (config.tensor_parallel_size, config.pipeline_parallel_size) == (8, 2)
 
 
 def test_names_of_groups_leave_room_for_what_is_made_of_them():

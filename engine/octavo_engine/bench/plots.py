@@ -56,7 +56,7 @@ def plot_batching(
     _save(figure, axes, path, title)
 
 
-def plot_bars(
+def plot_percentages(
     path: Path, groups: Sequence[str], series: Mapping[str, Sequence[float]], ylabel: str, title: str
 ) -> None:
     """Bars side by side, with their values above them. series: label -> a value for each group; NaN: no bar."""

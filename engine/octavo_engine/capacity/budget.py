@@ -1,6 +1,6 @@
 """One device's memory, shared between weights, activations, graphs and KV blocks, and the limits that follow."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from octavo_kernels.hardware import Hardware
 
@@ -95,6 +95,15 @@ class Capacity:
     def num_kv_tokens(self) -> int:
         """Tokens that the KV cache holds."""
         return self.num_kv_blocks * self.block_size
+
+    def of_stages(self, count: int) -> "Capacity":
+        """The plan of each of so many stages, with the times of all, which a step passes in turn."""
+        return replace(
+            self,
+            predicted_decode_ms=self.predicted_decode_ms * count,
+            predicted_prefill_tokens_per_s=self.predicted_prefill_tokens_per_s / count,
+            predicted_ttft_ms=self.predicted_ttft_ms * count,
+        )
 
 
 def plan_capacity(

@@ -56,7 +56,7 @@ def test_names_and_labels_that_others_read(echo_server: ServerProcess) -> None:
 def test_counts_of_one_request() -> None:
     with running_server("EchoCore") as server:
         server.client.completions.create(model="fake", prompt="abc", n=2, max_tokens=5)
-        server.client.completions.create(model="fake", prompt="ab", max_tokens=9, stop="ba")
+        server.client.completions.create(model="fake", prompt="ab", max_tokens=2000, stop="ba")
         found = families(server)
         label = ("model_name", "fake")
 

@@ -107,10 +107,10 @@ def test_a_model_over_two_nodes_lives_as_a_leader_worker_set(
     leader_worker_sets.install()
     served = wait_for(get_service, "huge", "True", "Serving", 60)
     (variant,) = served["status"]["plan"]["variants"]
-    assert (variant["tensorParallel"], variant["nodesPerReplica"]) == (16, 2)
+    assert (variant["tensorParallel"], variant["pipelineParallel"], variant["nodesPerReplica"]) == (8, 2, 2)
     assert (served["status"]["replicas"], served["status"]["readyReplicas"]) == (1, 1)
     engine = engine_of(objects, namespace)
-    assert (engine["tensor_parallel_size"], engine["num_nodes"]) == (16, 2)
+    assert (engine["tensor_parallel_size"], engine["pipeline_parallel_size"], engine["num_nodes"]) == (8, 2, 2)
     (groups,) = groups_of(objects, namespace)
     assert groups["metadata"]["ownerReferences"][0]["name"] == "huge"
     pods = pods_of(objects, namespace)

@@ -27,6 +27,7 @@ def main(results: Path, folder: Path) -> None:
         of_model = [row for row in rows if row["model"] == model]
         groups = sorted({row["workload"] for row in of_model})
         series = {label: [_best(of_model, engine, group) for group in groups] for label, engine in _ENGINES.items()}
+        series = {label: values for label, values in series.items() if not all(map(math.isnan, values))}
         what = {row["workload"]: f"{row['workload']}: {row['n']} x {row['inp']}/{row['out']}" for row in of_model}
         title = f"{_TITLES.get(model, model)}, bfloat16, offline, one H100"
         labels = [what[group] for group in groups]
