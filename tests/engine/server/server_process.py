@@ -63,6 +63,13 @@ class ServerProcess:
             time.sleep(0.05)
         return response
 
+    def wait_for_log(self, pattern: str) -> None:
+        """Until it has written a line with that pattern, which may come after the answer that it tells of."""
+        end_s = time.monotonic() + START_TIMEOUT_S
+        while not any(re.search(pattern, line) for line in self.log):
+            assert time.monotonic() < end_s, f"no line with {pattern}: {self.log}"
+            time.sleep(0.02)
+
     def pid_of_rank(self, rank: int) -> int:
         """The process of one rank of an engine that has several."""
         children = Path(f"/proc/{self.popen.pid}/task/{self.popen.pid}/children").read_text().split()

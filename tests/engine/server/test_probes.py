@@ -1,5 +1,3 @@
-import re
-
 import pytest
 from engine.server.server_process import ServerProcess, running_server
 
@@ -26,11 +24,9 @@ def test_answers_while_the_model_loads() -> None:
         assert list(phases) == ["starting", "loading", "warming_up"]
         assert phases["loading"] >= 1.5
         assert sum(phases.values()) == pytest.approx(started["elapsed_s"], abs=0.01)
-        assert any(
-            re.search(r"is ready after .* \(starting .*, loading .*, warming_up .*\)", line) for line in server.log
-        )
+        server.wait_for_log(r"is ready after .* \(starting .*, loading .*, warming_up .*\)")
         assert server.wait_for("/readyz", 200).json() == {"status": "ok", "reason": None}
-        assert any("Loading weights: " in line for line in server.log)
+        server.wait_for_log("Loading weights: ")
 
 
 def test_live_until_work_waits_and_no_step_finishes() -> None:
