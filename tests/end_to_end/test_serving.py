@@ -162,9 +162,10 @@ def test_an_exhausted_cache_loses_no_request(server) -> None:
     def ask(i: int) -> list[int]:
         prompt = [(i * 7919 + position * 104729) % 40_000 + 100 for position in range(num_prompt_tokens)]
         body = {"ignore_eos": True, "return_token_ids": True}
-        answer = server.client().completions.create(
-            model=NAME, prompt=prompt, temperature=0, max_tokens=num_tokens, extra_body=body
-        )
+        with server.client() as client:
+            answer = client.completions.create(
+                model=NAME, prompt=prompt, temperature=0, max_tokens=num_tokens, extra_body=body
+            )
         assert answer.choices[0].finish_reason == "length"
         return answer.choices[0].token_ids
 
