@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +49,8 @@ _NODES_DEBOUNCE_S = 0.5
 _LIST_RETRY_S = 2.0
 # How soon a CRD is noticed that was installed while the operator runs.
 _KINDS_POLL_S = 30.0
+# Longer than a leader takes to give its Lease back.
+_LONGEST_END_S = 6.0
 # Longer than any pass takes, with all its requests at their limits.
 _STUCK_AFTER_S = 300.0
 _CRD_WAIT_S = 60.0
@@ -110,7 +114,15 @@ class Controller:
         """Have a signal end everything at once, whatever is under way: each pass can be repeated."""
         assert self._life is not None
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._life.cancel)
+            asyncio.get_running_loop().add_signal_handler(number, self._end)
+
+    def _end(self) -> None:
+        """Cancel everything; what does not let itself be cancelled ends with the process, which holds nothing."""
+        assert self._life is not None
+        self._life.cancel()
+        last_resort = threading.Timer(_LONGEST_END_S, os._exit, [0])
+        last_resort.daemon = True
+        last_resort.start()
 
     async def _live(self) -> None:
         settings = self._settings
