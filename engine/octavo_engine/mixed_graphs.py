@@ -21,6 +21,9 @@ from octavo_engine.models import Model
 
 # Chunks of a step that has a graph. A step with more of them has most often more tokens, too.
 MAX_CHUNKS: Final = 32
+# Of the largest graph, which the device computes at least as long as the host launches it: while the device is at work,
+# longer steps than this are launched kernel by kernel.
+_HIDDEN_PART: Final = 0.75
 _ABSENT: Final = -1  # the length of a decode that is not there, the slot of a row that is not stored
 
 
@@ -124,10 +127,14 @@ class MixedGraphs:
             self._graphs[num_tokens] = capture(forward, kv_cache.device, pool)
             on_progress(count / len(self._sizes))
 
-    def has(self, batch: Batch) -> bool:
-        """Whether `run` takes this batch."""
+    def suits(self, batch: Batch, *, is_device_idle: bool) -> bool:
+        """Whether `run` takes this batch and is faster than to launch its kernels one by one.
+
+        It pads and knows no lengths. A device at work hides the launches of a step that is not much shorter.
+        """
         num_chunks = len(batch.metadata.seq_lens) - batch.metadata.num_decodes
-        return len(batch.input_ids) <= self._sizes[-1] and num_chunks <= MAX_CHUNKS
+        max_tokens = self._sizes[-1] * (1.0 if is_device_idle else _HIDDEN_PART)
+        return len(batch.input_ids) <= max_tokens and num_chunks <= MAX_CHUNKS
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Hidden states [num_tokens, hidden_size], valid until the next call."""

@@ -38,8 +38,9 @@ class PrefixCache:
         self.root = Node(None, (), -1)
         self._num_nodes = 0
         self._clock = count(1)
-        # Candidates for eviction as (last_used, tie-breaker, node). An entry whose node was used since, or gained a
-        # child, is stale and skipped: cheaper than searching the heap at every use.
+        # Candidates for eviction as (last_used, tie-breaker, node), offered where their block may have become nobody's.
+        # An entry whose node was used since, or gained a child, is stale and skipped: cheaper than searching the heap
+        # at every use.
         self._leaves: list[tuple[int, int, Node]] = []
 
     def match(self, token_ids: Sequence[int]) -> list[Node]:
@@ -71,14 +72,21 @@ class PrefixCache:
         if not self._is_enabled or self._is_evicted(node):
             return node
         child = node.children.get(tokens)
-        if child is None:
-            child = Node(node, tokens, block_id)
-            node.children[tokens] = child
-            self._num_nodes += 1
-            self._pool.retain(block_id)
+        if child is not None:
+            child.last_used = next(self._clock)
+            self._offer_leaf(child)
+            return child
+        child = Node(node, tokens, block_id)
         child.last_used = next(self._clock)
-        self._offer_leaf(child)
+        node.children[tokens] = child
+        self._num_nodes += 1
+        self._pool.retain(block_id)
         return child
+
+    def release(self, node: Node) -> None:
+        """Tell of a request that published or matched as far as `node` and has dropped its blocks."""
+        if not self._is_evicted(node):
+            self._offer_leaf(node)
 
     def evict(self, num_blocks: int) -> int:
         """Free up to `num_blocks` cached blocks, oldest leaves first; return how many were freed."""
@@ -87,8 +95,8 @@ class PrefixCache:
         while num_evicted < num_blocks and self._leaves:
             entry = heapq.heappop(self._leaves)
             last_used, _, node = entry
-            if node.children or node.last_used != last_used or node.parent is None:
-                continue  # stale: it is offered again when its last child goes, or was at its latest use
+            if self._is_stale(node, last_used):
+                continue  # it is offered again when its last child goes, or was at its latest use
             if self._pool.num_references(node.block_id):
                 kept.append(entry)
                 continue
@@ -99,6 +107,10 @@ class PrefixCache:
         for entry in kept:
             heapq.heappush(self._leaves, entry)
         return num_evicted
+
+    def candidates(self) -> Iterator[Node]:
+        """The leaves that `evict` knows of, some of which requests may hold."""
+        return (node for last_used, _, node in self._leaves if not self._is_stale(node, last_used))
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the root, parents before children."""
@@ -116,6 +128,9 @@ class PrefixCache:
         self._num_nodes -= 1
         self._pool.forget(node.block_id)
         return parent
+
+    def _is_stale(self, node: Node, last_used: int) -> bool:
+        return bool(node.children) or node.last_used != last_used or node.parent is None
 
     def _is_evicted(self, node: Node) -> bool:
         """Whether the tree dropped the node: its block was another request's. Below it nothing is published."""

@@ -87,6 +87,7 @@ class Runner:
         self._tables: SlotTables | None = None
         self._graphs: DecodeGraphs | None = None
         self._mixed_graphs: MixedGraphs | None = None
+        self._last_ended: torch.cuda.Event | None = None
         if self._device.type == "cuda":
             geometry = started.geometry
             heads = torch.zeros(
@@ -128,7 +129,8 @@ class Runner:
             self._tables.update([each.request for each in step.scheduled])
             self._tables.update(step.sampled)
         launched = self._launch_graph(step) if self._graphs and step.is_decode else self._launch_eagerly(step)
-        launched.launched_s, launched.started, launched.ended = launched_s, started, self._record_event()
+        self._last_ended = self._record_event()
+        launched.launched_s, launched.started, launched.ended = launched_s, started, self._last_ended
         return launched
 
     def _launch_graph(self, step: Step) -> Launched:
@@ -149,7 +151,8 @@ class Runner:
     def _launch_eagerly(self, step: Step) -> Launched:
         batch = prepare(step, self._block_size, self._device, self._tables)
         self._copy_blocks(batch.block_copies)
-        if self._mixed_graphs and self._mixed_graphs.has(batch):
+        is_idle = self._last_ended is None or self._last_ended.query()  # type: ignore[no-untyped-call]
+        if self._mixed_graphs and self._mixed_graphs.suits(batch, is_device_idle=is_idle):
             hidden = self._mixed_graphs.run(batch)
         else:
             hidden = self._model.forward(batch.input_ids, batch.positions, self._kv_cache, batch.metadata)

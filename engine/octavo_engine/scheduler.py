@@ -18,12 +18,16 @@ from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from typing import Final
 
 from octavo_engine.block_pool import BlockPool
 from octavo_engine.errors import InvalidRequestError
 from octavo_engine.prefix_cache import Node, PrefixCache
 from octavo_engine.protocol import FinishReason
 from octavo_engine.request import Request, RequestStatus
+
+# A step may end this part of its budget short, rather than cut a prompt.
+SLIVERS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +246,8 @@ class Scheduler:
         prefix = [node.block_id for node in nodes]
         self.pool.share(prefix)
         num_missing = self._num_blocks_for(request.num_tokens + 1) - len(prefix)
-        if not self._free_up(num_missing + len(self.running)):
+        num_uncomputed = request.num_tokens - len(prefix) * self.limits.block_size
+        if self._is_sliver(num_uncomputed, step) or not self._free_up(num_missing + len(self.running)):
             self.pool.release(reversed(prefix))
             return False
         self.waiting.popleft()
@@ -253,6 +258,15 @@ class Scheduler:
         assert has_room, "admission counted the blocks"
         self._put_into(step, request, num_tokens)
         return True
+
+    def _is_sliver(self, num_uncomputed: int, step: Step) -> bool:
+        """Whether so little is left of a step that has prompts that the next one might as well begin this prompt.
+
+        A prompt in one piece is attended to faster than a piece behind another.
+        """
+        num_left = self.limits.max_num_batched_tokens - step.num_tokens
+        has_prompts = step.num_tokens > len(step.scheduled)
+        return has_prompts and num_left < num_uncomputed and num_left * SLIVERS <= self.limits.max_num_batched_tokens
 
     def _start(self, request: Request, nodes: Sequence[Node]) -> None:
         request.status = RequestStatus.RUNNING
@@ -342,6 +356,8 @@ class Scheduler:
 
     def _release_blocks(self, request: Request) -> None:
         self.pool.release(reversed(request.block_ids))
+        if request.cache_node is not None:
+            self.prefix_cache.release(request.cache_node)
         if request.slot >= 0:
             self._free_slots.append(request.slot)
         request.slot = -1
@@ -377,6 +393,10 @@ def check_invariants(scheduler: Scheduler) -> None:
         assert pool.num_references(block_id) == references.get(block_id, 0), f"block {block_id}"
     retained = [node.block_id for node in scheduler.prefix_cache.nodes()]
     assert len(set(retained)) == len(retained), "two nodes hold one block"
+    candidates = {node.block_id for node in scheduler.prefix_cache.candidates()}
+    for node in scheduler.prefix_cache.nodes():
+        is_lost = not node.children and node.block_id not in references and node.block_id not in candidates
+        assert not is_lost, f"cached block {node.block_id} cannot be evicted"
     _check_counts(scheduler, references, retained)
     slots = [request.slot for request in scheduler.running]
     assert sorted(slots + scheduler._free_slots) == list(range(scheduler.limits.max_num_seqs)), "a slot is lost"

@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +31,7 @@ class Server:
     process: subprocess.Popen[bytes]
     url: str
     log: Path
-
-    def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=240)
+    client: OpenAI
 
     def get(self, path: str) -> tuple[int, str]:
         try:
@@ -67,29 +66,32 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 20) -> None:
         time.sleep(0.1)
 
 
-def start_server(folder: Path, port: int, *options: str) -> Server:
-    log = folder / "serve.log"
+@contextmanager
+def run_server(folder: Path, port: int, *options: str) -> Iterator[Server]:
+    log, url = folder / "serve.log", f"http://127.0.0.1:{port}"
     command = [Path(sys.executable).with_name("octavo"), "serve", MODEL, "--served-model-name", NAME]
     command += ["--host", "127.0.0.1", "--port", str(port), *options]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ})
-    return Server(process, f"http://127.0.0.1:{port}", log)
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=240) as client:
+        server = Server(process, url, log, client)
+        try:
+            server.wait_until_ready()
+            yield server
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, free_tcp_port_factory) -> Iterator[Server]:
     options = ["--max-model-len", "1024", "--num-kv-blocks", str(NUM_KV_BLOCKS), "--max-num-seqs", "64"]
-    server = start_server(tmp_path_factory.mktemp("serve"), free_tcp_port_factory(), *options)
-    try:
-        server.wait_until_ready()
+    with run_server(tmp_path_factory.mktemp("serve"), free_tcp_port_factory(), *options) as server:
         yield server
-    finally:
-        server.process.kill()
-        server.process.wait()
 
 
 def test_answers_a_question(server) -> None:
-    answer = server.client().chat.completions.create(model=NAME, messages=QUESTION, temperature=0, max_tokens=32)
+    answer = server.client.chat.completions.create(model=NAME, messages=QUESTION, temperature=0, max_tokens=32)
     assert "Paris" in answer.choices[0].message.content
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
@@ -97,8 +99,8 @@ def test_answers_a_question(server) -> None:
 
 def test_a_stream_says_what_the_whole_answer_says(server) -> None:
     parameters = {"model": NAME, "messages": QUESTION, "temperature": 0.8, "seed": 5, "max_tokens": 24}
-    whole = server.client().chat.completions.create(**parameters)
-    stream = server.client().chat.completions.create(**parameters, stream=True, stream_options={"include_usage": True})
+    whole = server.client.chat.completions.create(**parameters)
+    stream = server.client.chat.completions.create(**parameters, stream=True, stream_options={"include_usage": True})
     chunks = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == (
         whole.choices[0].message.content
@@ -108,14 +110,14 @@ def test_a_stream_says_what_the_whole_answer_says(server) -> None:
 
 def test_stop_strings_end_the_text_before_them(server) -> None:
     parameters = {"model": NAME, "prompt": "1, 2, 3, 4, 5,", "temperature": 0, "max_tokens": 32}
-    free = server.client().completions.create(**parameters).choices[0].text
+    free = server.client.completions.create(**parameters).choices[0].text
     stop = free[6:9]
-    stopped = server.client().completions.create(**parameters, stop=stop).choices[0]
+    stopped = server.client.completions.create(**parameters, stop=stop).choices[0]
     assert (stopped.text, stopped.finish_reason) == (free[: free.index(stop)], "stop")
 
 
 def test_several_answers_to_one_prompt_differ(server) -> None:
-    answer = server.client().completions.create(
+    answer = server.client.completions.create(
         model=NAME, prompt="Once upon a time", n=3, temperature=1.0, seed=1, max_tokens=12
     )
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
@@ -123,7 +125,7 @@ def test_several_answers_to_one_prompt_differ(server) -> None:
 
 
 def test_token_ids_in_and_out(server) -> None:
-    answer = server.client().completions.create(
+    answer = server.client.completions.create(
         model=NAME, prompt=[504, 3575, 282], temperature=0, max_tokens=4, extra_body={"return_token_ids": True}
     )
     assert answer.choices[0].prompt_token_ids == [504, 3575, 282]
@@ -132,16 +134,16 @@ def test_token_ids_in_and_out(server) -> None:
 
 def test_bad_requests_get_the_error_body_of_the_api(server) -> None:
     with pytest.raises(NotFoundError) as unknown:
-        server.client().completions.create(model="gpt-17", prompt="Hello")
+        server.client.completions.create(model="gpt-17", prompt="Hello")
     assert unknown.value.body["code"] == "model_not_found"
     with pytest.raises(BadRequestError) as too_long:
-        server.client().completions.create(model=NAME, prompt=[1] * 2000)
+        server.client.completions.create(model=NAME, prompt=[1] * 2000)
     assert too_long.value.body["code"] == "context_length_exceeded"
 
 
 def test_clients_that_vanish_free_their_blocks(server) -> None:
     for _ in range(6):
-        stream = server.client().completions.create(
+        stream = server.client.completions.create(
             model=NAME,
             prompt="Tell me a very long story.",
             max_tokens=900,
@@ -162,10 +164,9 @@ def test_an_exhausted_cache_loses_no_request(server) -> None:
     def ask(i: int) -> list[int]:
         prompt = [(i * 7919 + position * 104729) % 40_000 + 100 for position in range(num_prompt_tokens)]
         body = {"ignore_eos": True, "return_token_ids": True}
-        with server.client() as client:
-            answer = client.completions.create(
-                model=NAME, prompt=prompt, temperature=0, max_tokens=num_tokens, extra_body=body
-            )
+        answer = server.client.completions.create(
+            model=NAME, prompt=prompt, temperature=0, max_tokens=num_tokens, extra_body=body
+        )
         assert answer.choices[0].finish_reason == "length"
         return answer.choices[0].token_ids
 
@@ -178,11 +179,9 @@ def test_an_exhausted_cache_loses_no_request(server) -> None:
 
 
 def test_sigterm_drains(tmp_path, free_tcp_port) -> None:
-    server = start_server(tmp_path, free_tcp_port, "--max-model-len", "512")
-    try:
-        server.wait_until_ready()
+    with run_server(tmp_path, free_tcp_port, "--max-model-len", "512") as server:
         body = {"ignore_eos": True}
-        stream = server.client().completions.create(
+        stream = server.client.completions.create(
             model=NAME, prompt="Count to a hundred:", max_tokens=60, stream=True, extra_body=body
         )
         chunks = iter(stream)
@@ -194,14 +193,12 @@ def test_sigterm_drains(tmp_path, free_tcp_port) -> None:
         assert refused["object"] == "list"
         assert list(chunks)[-1].choices[0].finish_reason == "length"
         assert server.process.wait(timeout=30) == 0
-    finally:
-        server.process.kill()
-        server.process.wait()
 
 
-def test_a_user_mistake_is_one_sentence_and_exit_code_2() -> None:
+def test_a_user_mistake_is_one_sentence_and_exit_code_2(free_tcp_port) -> None:
     octavo = Path(sys.executable).with_name("octavo")
-    result = subprocess.run([octavo, "serve", "/no/such/model"], capture_output=True, text=True, check=False)
+    command = [octavo, "serve", "/no/such/model", "--port", str(free_tcp_port)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "/no/such/model" in result.stderr
     assert "Traceback" not in result.stderr

@@ -251,6 +251,23 @@ def test_a_long_prompt_does_not_stop_running_requests() -> None:
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "scheduled"),
+    [
+        pytest.param(36, 10, [36], id="four of forty tokens are no beginning"),
+        pytest.param(36, 4, [36, 4], id="a short prompt fits"),
+        pytest.param(34, 10, [34, 6], id="six of forty tokens are one"),
+    ],
+)
+def test_a_prompt_is_not_begun_with_a_sliver_of_the_budget(first: int, second: int, scheduled: list[int]) -> None:
+    engine = Engine(make_scheduler(num_blocks=32, max_num_batched_tokens=40))
+    for i, length in enumerate((first, second)):
+        engine.scheduler.add(make_request(f"r{i}", [i] * length, max_tokens=2, arrival_time_s=i))
+    assert [each.num_tokens for each in engine.step().scheduled] == scheduled
+    engine.run()
+    assert len(engine.finished) == 2
+
+
+@pytest.mark.parametrize(
     ("request_", "param"),
     [
         pytest.param(make_request("r", [1] * 64), "prompt", id="no room for an answer"),

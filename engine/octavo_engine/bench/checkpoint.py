@@ -2,11 +2,13 @@
 
 The files are those of a published model: config.json, generation_config.json, safetensors in shards with their index,
 and a tokenizer with a word for each id. A tensor's values follow from the seed and its name alone. Tensors are drawn
-and written piece by piece, so that no more than one piece is in memory, however large the model is.
+and written piece by piece, several files at once: no more than a piece of each is in memory, however large the model.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -58,13 +60,20 @@ def write_weights(
     """
     shards = _shards(tensor_shapes(config), _ITEMSIZE[dtype])
     total_bytes = sum(tensor.num_elements for shard in shards for tensor in shard) * _ITEMSIZE[dtype]
-    weight_map, num_written = {}, 0
-    for number, shard in enumerate(shards, start=1):
-        file = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(file, shard, seed=seed, dtype=dtype)
-        weight_map.update(dict.fromkeys((tensor.name for tensor in shard), file.name))
-        num_written += sum(tensor.num_elements for tensor in shard) * _ITEMSIZE[dtype]
-        on_progress(num_written / total_bytes, file.name)
+    files = [folder / f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    weight_map = {tensor.name: file.name for file, shard in zip(files, shards, strict=True) for tensor in shard}
+    num_written = 0
+    # torch draws each tensor in one thread, and lets others run meanwhile.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        tasks = {
+            pool.submit(write_safetensors, file, shard, seed=seed, dtype=dtype): (file, shard)
+            for file, shard in zip(files, shards, strict=True)
+        }
+        for task in as_completed(tasks):
+            task.result()
+            file, shard = tasks[task]
+            num_written += sum(tensor.num_elements for tensor in shard) * _ITEMSIZE[dtype]
+            on_progress(num_written / total_bytes, file.name)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 

@@ -20,6 +20,8 @@ from octavo_engine.model_source import ModelFiles
 
 # Keys of a GGUF header that name tokens after which a model has finished.
 _GGUF_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# The names under which tokenizer_config.json means nothing but tokenizer.json.
+_PLAIN_TOKENIZER_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 class Tokenizer:
@@ -114,10 +116,9 @@ def _from_gguf(files: ModelFiles) -> _Parts:
 
 
 def _from_folder(files: ModelFiles) -> _Parts:
-    from transformers import AutoTokenizer  # its import costs over a second, which a GGUF file need not pay
-
+    loader = _tokenizer_class(files)
     try:
-        wrapper = AutoTokenizer.from_pretrained(str(files.path), local_files_only=True, trust_remote_code=False)
+        wrapper = loader.from_pretrained(str(files.path), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelSourceError(f"{files.path} has no tokenizer that can be read: {error}") from None
     backend = getattr(wrapper, "backend_tokenizer", None)
@@ -128,6 +129,21 @@ def _from_folder(files: ModelFiles) -> _Parts:
     if isinstance(template, dict):  # several named ones; `default` is for plain chats
         template = template.get("default")
     return backend, names, template
+
+
+def _tokenizer_class(files: ModelFiles) -> Any:
+    """What of transformers reads a folder's tokenizer. It is imported here: a GGUF file needs none of it.
+
+    `AutoTokenizer` imports torch and much else, which takes many seconds on a slow host, to choose in most cases the
+    plain class that the folder names.
+    """
+    if files.read_json("tokenizer_config.json").get("tokenizer_class") in _PLAIN_TOKENIZER_CLASSES:
+        from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+        return TokenizersBackend
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _read_template(file: Path) -> str:

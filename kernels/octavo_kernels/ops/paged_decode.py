@@ -45,6 +45,7 @@ class Launch:
     min_tiles:     what a worker gets at least
     workers_per_multiprocessor: at once
     combined_elements: of partial results that are combined at a time
+    holds_next_query:  whether registers are left for the query of the next request
     """
 
     tile_bytes: int
@@ -53,6 +54,7 @@ class Launch:
     num_warps: int
     num_stages: int
     combined_elements: int = 2048
+    holds_next_query: bool = True
 
 
 # Shared memory of a worker: 2 * tile_bytes * (num_stages - 1) and little else.
@@ -66,10 +68,14 @@ LAUNCH: Mapping[str, Launch] = {
     "ada": _SMALL,
     "generic": _SMALL,
 }
-# From so many decodes on a worker has several, and each begins with a chain of reads that another worker has to hide.
-MANY_DECODES, MANY_HEAD_DIM = 64, 128
-_HOPPER_MANY = Launch(8_192, 2, 4, num_warps=2, num_stages=4)
-MANY_LAUNCH: Mapping[str, Launch] = {**LAUNCH, "hopper": _HOPPER_MANY, "grace-hopper": _HOPPER_MANY}
+# From so many decodes on a worker has several, and each begins with a chain of reads that other workers have to hide:
+# four of two warps, with tiles of 64 tokens. By the widest head that they are for.
+MANY_DECODES = 64
+_HOPPER_MANY = {
+    64: Launch(8_192, 2, 4, num_warps=2, num_stages=3),
+    128: Launch(16_384, 1, 4, num_warps=2, num_stages=2, holds_next_query=False),
+}
+MANY_LAUNCH: Mapping[str, Mapping[int, Launch]] = {"hopper": _HOPPER_MANY, "grace-hopper": _HOPPER_MANY}
 
 
 def launch_for(variant: str, head_dim: int, cache_dtype: torch.dtype, num_decodes: int) -> Launch:
@@ -77,8 +83,11 @@ def launch_for(variant: str, head_dim: int, cache_dtype: torch.dtype, num_decode
 
     Wide heads, and 8-bit ones that are widened, need the registers of all warps.
     """
-    is_narrow = head_dim <= MANY_HEAD_DIM and cache_dtype.itemsize > 1
-    return (MANY_LAUNCH if num_decodes >= MANY_DECODES and is_narrow else LAUNCH)[variant]
+    if num_decodes >= MANY_DECODES and cache_dtype.itemsize > 1:
+        for widest, launch in MANY_LAUNCH.get(variant, {}).items():
+            if head_dim <= widest:
+                return launch
+    return LAUNCH[variant]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,17 +176,15 @@ def run_decodes(
         output.stride(0), query.stride(0), query.stride(1), kv_cache_layer.stride(0), kv_cache_layer.stride(1),
         kv_cache_layer.stride(2), kv_cache_layer.stride(3), plan.block_tables.stride(0),
         len(plan.seq_lens), plan.window, plan.launch.min_tiles, score_scale, softcap, scoring.v_scale,
-        **_constexprs(num_heads // num_kv_heads, head_dim, block_size, plan.tile, plan.launch.combined_elements),
+        **_constexprs(num_heads // num_kv_heads, head_dim, block_size, plan.tile, plan.launch),
         HAS_WINDOW=plan.window > 0, HAS_ALIBI=scoring.alibi_slopes is not None, HAS_SOFTCAP=scoring.softcap > 0,
         num_warps=plan.launch.num_warps, num_stages=plan.launch.num_stages,
         **pdl_options(query.device),
     )  # fmt: skip
 
 
-def _constexprs(
-    group_size: int, head_dim: int, block_size: int, tile: int, combined_elements: int
-) -> dict[str, object]:
-    block_group = min(triton.next_power_of_2(group_size * head_dim), combined_elements // MIN_COMBINED_PARTS)
+def _constexprs(group_size: int, head_dim: int, block_size: int, tile: int, launch: Launch) -> dict[str, object]:
+    block_group = min(triton.next_power_of_2(group_size * head_dim), launch.combined_elements // MIN_COMBINED_PARTS)
     return {
         "GROUP_SIZE": group_size,
         "HEAD_DIM": head_dim,
@@ -186,7 +193,8 @@ def _constexprs(
         "BLOCK_M": max(16, triton.next_power_of_2(group_size)),
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK_GROUP": block_group,
-        "BLOCK_PARTS": combined_elements // block_group,
+        "BLOCK_PARTS": launch.combined_elements // block_group,
+        "HOLDS_NEXT_QUERY": launch.holds_next_query,
     }
 
 
@@ -247,8 +255,8 @@ def _decode_kernel(
     num_decodes, window, min_tiles, score_scale, softcap, v_scale,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_GROUP: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    USE_PDL: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, HOLDS_NEXT_QUERY: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per (KV head, worker), neighbours in the grid reading neighbours in memory; float32 accumulation.
 
@@ -274,17 +282,19 @@ def _decode_kernel(
 
     # What a request begins with is read while the worker still attends to the one before.
     query_ptrs = query_ptr + heads[:, None] * query_head_stride + columns[None, :]
-    seq_start, seq_end, seq_len, query = _load_request(
-        tile_starts_ptr, seq_lens_ptr, query_ptrs, seq, num_decodes, query_token_stride, mask
-    )
+    seq_start, seq_end, seq_len = _load_request(tile_starts_ptr, seq_lens_ptr, seq, num_decodes)
+    if HOLDS_NEXT_QUERY:
+        query = _load_query(query_ptrs, seq, num_decodes, query_token_stride, mask)
     first_token = _first_token(seq_len, window)
     first_tile = tile - seq_start + first_token // TILE
     table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
     blocks = load_blocks(table_ptr, first_tile, first_token, seq_len, TILE, BLOCK_SIZE)
     while tile < last_tile:
-        next_start, next_end, next_len, next_query = _load_request(
-            tile_starts_ptr, seq_lens_ptr, query_ptrs, seq + 1, num_decodes, query_token_stride, mask
-        )
+        next_start, next_end, next_len = _load_request(tile_starts_ptr, seq_lens_ptr, seq + 1, num_decodes)
+        if HOLDS_NEXT_QUERY:
+            next_query = _load_query(query_ptrs, seq + 1, num_decodes, query_token_stride, mask)
+        else:
+            query = _load_query(query_ptrs, seq, num_decodes, query_token_stride, mask)
         next_first = _first_token(next_len, window)
         next_table_ptr = table_ptr + table_stride
         first_blocks = load_blocks(next_table_ptr, next_first // TILE, next_first, next_len, TILE, BLOCK_SIZE)
@@ -330,19 +340,26 @@ def _decode_kernel(
                 )  # fmt: skip
         tile = part_end
         seq += 1
-        seq_start, seq_end, seq_len, query = next_start, next_end, next_len, next_query
+        if HOLDS_NEXT_QUERY:
+            query = next_query
+        seq_start, seq_end, seq_len = next_start, next_end, next_len
         first_token, table_ptr, blocks = next_first, next_table_ptr, first_blocks
 
 
 @triton.jit
-def _load_request(tile_starts_ptr, seq_lens_ptr, query_ptrs, seq, num_decodes, query_token_stride, mask):
-    """(first tile, end of its tiles, length, query [BLOCK_M, BLOCK_D]) of a request; nothing of one past the last."""
+def _load_request(tile_starts_ptr, seq_lens_ptr, seq, num_decodes):
+    """(first tile, end of its tiles, length) of a request; nothing of one past the last."""
     is_request = seq < num_decodes
     start = tl.load(tile_starts_ptr + seq, is_request, other=0)
     end = tl.load(tile_starts_ptr + seq + 1, is_request, other=0)
     length = tl.load(seq_lens_ptr + seq, is_request, other=0).to(tl.int32)
-    query = tl.load(query_ptrs + seq.to(tl.int64) * query_token_stride, mask & is_request, other=0.0)
-    return start, end, length, query
+    return start, end, length
+
+
+@triton.jit
+def _load_query(query_ptrs, seq, num_decodes, query_token_stride, mask):
+    """[BLOCK_M, BLOCK_D] of a request's heads; zeros of one past the last."""
+    return tl.load(query_ptrs + seq.to(tl.int64) * query_token_stride, mask & (seq < num_decodes), other=0.0)
 
 
 @triton.jit
@@ -398,7 +415,7 @@ def _compile_example(variant: str, launch: Launch, head_dim: int, cache_dtype: t
         name=f"paged_decode {launch.num_warps} warps head_dim={head_dim} {cache_dtype}",
         function=_decode_kernel,
         signature=argument_types(_decode_kernel.arg_names, torch.bfloat16, cache_dtype),
-        constexprs=_constexprs(4, head_dim, 16, tile, launch.combined_elements) | flags,
+        constexprs=_constexprs(4, head_dim, 16, tile, launch) | flags,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
