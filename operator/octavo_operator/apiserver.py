@@ -209,17 +209,19 @@ class ApiServer:
         response: aiohttp.ClientResponse = answer.response
         text = await response.text()
         if response.status >= 400:
-            raise ApiError(response.status, _error_message(text))
+            raise read_error(response.status, text)
         manifest: Manifest = json.loads(text)
         return manifest
 
 
-def _error_message(text: str) -> str:
-    """The sentence of a Status object, or what else came."""
+def read_error(status: int, text: str) -> ApiError:
+    """The error of a Status object, or of what else came."""
     try:
-        return str(json.loads(text).get("message") or text)
-    except (ValueError, AttributeError):
-        return text.strip()
+        answer = json.loads(text)
+        causes = [each["reason"] for each in (answer.get("details") or {}).get("causes") or [] if "reason" in each]
+        return ApiError(status, str(answer.get("message") or text), causes)
+    except (ValueError, AttributeError, TypeError):
+        return ApiError(status, text.strip())
 
 
 async def load_configuration(kubeconfig: Path | None) -> Any:

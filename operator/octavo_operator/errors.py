@@ -1,5 +1,7 @@
 """Errors of the operator. Each says in one sentence what went wrong and what its reader can do about it."""
 
+from collections.abc import Collection
+
 from octavo_engine.errors import CapacityError, OctavoError
 from pydantic import ValidationError
 
@@ -48,11 +50,20 @@ class NameConflictError(OperatorError):
 
 
 class ApiError(OperatorError):
-    """The API server refused a request: `status` is the HTTP status, the message its own sentence."""
+    """The API server refused a request: `status` is the HTTP status, the message its own sentence.
 
-    def __init__(self, status: int, message: str) -> None:
+    causes: reasons of the Status object's details, such as NamespaceTerminating
+    """
+
+    def __init__(self, status: int, message: str, causes: Collection[str] = ()) -> None:
         super().__init__(message)
         self.status = status
+        self.causes = frozenset(causes)
+
+    @property
+    def ends_with_namespace(self) -> bool:
+        """Whether nothing can be made any more because the namespace is being deleted."""
+        return "NamespaceTerminating" in self.causes
 
     @property
     def is_final(self) -> bool:

@@ -49,4 +49,6 @@ class EventWriter:
         try:
             await self._api.create(EVENT, event)
         except (ApiError, *UNREACHABLE) as error:
-            logger.warning("resource=%s event %s was not written: %s", key, reason, error)
+            # Who deletes a namespace reads no Events of it.
+            level = logging.DEBUG if isinstance(error, ApiError) and error.ends_with_namespace else logging.WARNING
+            logger.log(level, "resource=%s event %s was not written: %s", key, reason, error)

@@ -126,11 +126,11 @@ def test_in_a_batch_of_16_with_mixed_lengths_and_with_prefix_hits(core, prompts,
 
 def test_without_prefix_cache_and_with_small_chunks(prompts, check_greedy) -> None:
     core = make_core(enable_prefix_caching=False, max_num_batched_tokens=19, max_num_seqs=16)
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(prompts[::2]):
         add(core, f"r{i}", prompt)
     outputs = run(core)
     assert core.scheduler.counters.num_prefix_cache_hits == 0
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(prompts[::2]):
         check_greedy(prompt, tokens(outputs[f"r{i}", 0]))
 
 
