@@ -82,6 +82,7 @@ class Runner:
         self._device = started.device.torch_device
         self._block_size = limits.block_size
         self._pipeline = started.ranks.pipeline if started.ranks else None
+        self._is_one_of_many = started.ranks is not None
         eos_token_ids = sorted(started.eos_token_ids)
         self._sampler: Sampler | GpuSampler = Sampler(eos_token_ids)
         self._tables: SlotTables | None = None
@@ -151,8 +152,7 @@ class Runner:
     def _launch_eagerly(self, step: Step) -> Launched:
         batch = prepare(step, self._block_size, self._device, self._tables)
         self._copy_blocks(batch.block_copies)
-        is_idle = self._last_ended is None or self._last_ended.query()  # type: ignore[no-untyped-call]
-        if self._mixed_graphs and self._mixed_graphs.suits(batch, is_device_idle=is_idle):
+        if self._mixed_graphs and self._mixed_graphs.suits(batch, is_device_idle=self._is_idle()):
             hidden = self._mixed_graphs.run(batch)
         else:
             hidden = self._model.forward(batch.input_ids, batch.positions, self._kv_cache, batch.metadata)
@@ -162,6 +162,12 @@ class Runner:
         if sampled:
             self._sample(launched, self._model.compute_logits(hidden[batch.sampled_rows]))
         return launched
+
+    def _is_idle(self) -> bool:
+        """Whether the device has nothing to do. Ranks of one model, which must all decide alike, say yes."""
+        if self._is_one_of_many or self._last_ended is None:
+            return True
+        return bool(self._last_ended.query())  # type: ignore[no-untyped-call]
 
     def _sample(self, launched: Launched, logits: torch.Tensor) -> None:
         """Sample a token for each sequence: for the host, and for the next step on the device."""
