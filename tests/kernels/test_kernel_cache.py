@@ -31,20 +31,32 @@ def compile_into(folder: Path, version: str = "1", capability: int = 90) -> dict
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", PROGRAM, str(folder), version, str(capability)]
     subprocess.run(command, env=environment, check=True, timeout=120)
+    return files_of(folder)
+
+
+def files_of(folder: Path) -> dict[Path, int]:
     return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
-    first = compile_into(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a start of version 1 on compute capability 9.0 has left."""
+    folder = tmp_path_factory.mktemp("kernels")
+    first = compile_into(folder)
     assert [path for path in first if path.suffix == ".cubin"]
     assert all(path.parts[0] == "octavo-1" and path.parts[2] == "sm-90" for path in first)
-    assert compile_into(tmp_path) == first
+    return folder
 
 
-def test_other_versions_and_gpus_have_folders_of_their_own(tmp_path: Path) -> None:
-    known = compile_into(tmp_path)
+def test_a_second_start_compiles_nothing(folder: Path) -> None:
+    first = files_of(folder)
+    assert compile_into(folder) == first
+
+
+def test_other_versions_and_gpus_have_folders_of_their_own(folder: Path) -> None:
+    known = files_of(folder)
     for version, capability, part in (("2", 90, "octavo-2"), ("1", 80, "sm-80")):
-        files = compile_into(tmp_path, version, capability)
+        files = compile_into(folder, version, capability)
         assert {path: files[path] for path in known} == known
         new = files.keys() - known.keys()
         assert all(part in path.parts for path in new)
