@@ -289,6 +289,12 @@ class Controller:
                 with self._metrics.duration.time():
                     look_again_s = await reconciler.reconcile(key)
             except (ApiError, *UNREACHABLE) as error:
+                if isinstance(error, ApiError) and error.ends_with_namespace:
+                    # The resource goes, too, and its deletion or the next resync brings the next pass.
+                    self._metrics.reconciles.labels("success").inc()
+                    self._queue.forget(key)
+                    logger.debug("resource=%s %s", key, error)
+                    continue
                 self._metrics.reconciles.labels("error").inc()
                 delay_s = self._queue.retry(key)
                 logger.warning(
