@@ -21,8 +21,7 @@ from octavo_engine.models import Model
 
 # Chunks of a step that has a graph. A step with more of them has most often more tokens, too.
 MAX_CHUNKS: Final = 32
-# Of the largest graph, which the device computes at least as long as the host launches it: while the device is at work,
-# longer steps than this are launched kernel by kernel.
+# Of the tokens that a device computes as long as a host launches their kernels: it falls short of the chip's rates.
 _HIDDEN_PART: Final = 0.75
 _ABSENT: Final = -1  # the length of a decode that is not there, the slot of a row that is not stored
 
@@ -38,6 +37,11 @@ def graph_sizes(max_tokens: int) -> list[int]:
         *range(2048, max_tokens, 512),
     ]
     return [*(size for size in steps if size < max_tokens), max_tokens]
+
+
+def hides_launches(num_tokens: int, launch_bound_tokens: int) -> bool:
+    """Whether a device at work computes such a step about as long as a host launches the kernels of the next one."""
+    return num_tokens > _HIDDEN_PART * launch_bound_tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,16 +114,19 @@ class MixedGraphs:
         kv_cache: torch.Tensor,
         block_tables: torch.Tensor,
         max_num_seqs: int,
-        max_tokens: int,
+        max_num_batched_tokens: int,
+        launch_bound_tokens: int,
         pool: Any,
         on_progress: Callable[[float], None],
     ) -> None:
         """Capture every size, the largest first, since the smaller ones fit into its memory.
 
         block_tables: [..., max_blocks] int32, as those of the batches that will be run
+        launch_bound_tokens: as in `Capacity`
         """
         self._model, self._kv_cache = model, kv_cache
-        self._sizes = graph_sizes(max_tokens)
+        self._launch_bound_tokens = launch_bound_tokens
+        self._sizes = graph_sizes(min(max_num_batched_tokens, launch_bound_tokens))
         self._inputs = _empty_inputs(self._sizes[-1], min(max_num_seqs, self._sizes[-1]), block_tables)
         self._graphs: dict[int, Captured] = {}
         for count, num_tokens in enumerate(reversed(self._sizes), 1):
@@ -130,11 +137,12 @@ class MixedGraphs:
     def suits(self, batch: Batch, *, is_device_idle: bool) -> bool:
         """Whether `run` takes this batch and is faster than to launch its kernels one by one.
 
-        It pads and knows no lengths. A device at work hides the launches of a step that is not much shorter.
+        It pads and knows no lengths. A device at work hides the launches of a step that it computes about as long.
         """
         num_chunks = len(batch.metadata.seq_lens) - batch.metadata.num_decodes
-        max_tokens = self._sizes[-1] * (1.0 if is_device_idle else _HIDDEN_PART)
-        return len(batch.input_ids) <= max_tokens and num_chunks <= MAX_CHUNKS
+        num_tokens = len(batch.input_ids)
+        is_hidden = not is_device_idle and hides_launches(num_tokens, self._launch_bound_tokens)
+        return not is_hidden and num_tokens <= self._sizes[-1] and num_chunks <= MAX_CHUNKS
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Hidden states [num_tokens, hidden_size], valid until the next call."""

@@ -104,7 +104,7 @@ class Runner:
                 pool = graph_pool(self._device)
                 self._mixed_graphs = MixedGraphs(
                     self._model, self._kv_cache, self._tables.block_tables,
-                    limits.max_num_seqs, started.capacity.max_graph_tokens, pool,
+                    limits.max_num_seqs, limits.max_num_batched_tokens, started.capacity.launch_bound_tokens, pool,
                     lambda fraction: on_progress(fraction / 2),
                 )  # fmt: skip
                 self._graphs = DecodeGraphs(

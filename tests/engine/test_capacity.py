@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from octavo_engine.capacity import GIB, Limits, plan_capacity, step_limit_s, time_to_first_token_s, weight_bytes
+from octavo_engine.capacity.memory import token_activation_bytes
 from octavo_engine.errors import CapacityError
 from octavo_engine.geometry import Experts, Geometry, WeightFormat
 from octavo_kernels.hardware import BY_NAME, CPU
@@ -112,10 +113,10 @@ def test_the_roofline_is_bytes_over_bandwidth_for_one_and_arithmetic_for_many() 
 
 
 def test_the_measured_optimum_of_an_8b_model_follows_from_the_chip() -> None:
-    """512 sequences and 8,192 tokens were the best of those measured on an H100 and an H200."""
+    """512 sequences and 8,192 tokens of prompts were the best of those measured on an H100 and an H200."""
     for name in ("h100", "h200", "gh200-96gb", "b200"):
         capacity = plan(LLAMA_8B, BY_NAME[name].memory_mib << 20, BY_NAME[name])
-        assert (name, capacity.max_num_seqs, capacity.max_num_batched_tokens) == (name, 512, 8192)
+        assert (name, capacity.max_num_seqs, capacity.max_num_batched_tokens) == (name, 512, 8192 + 512)
 
 
 def test_the_limits_of_a_cpu_are_measured_ones() -> None:
@@ -127,22 +128,23 @@ def test_the_limits_of_a_cpu_are_measured_ones() -> None:
 
 LIMITS: dict[str, tuple[Geometry, str, int, int, str, str]] = {
     "arithmetic far above reading": (
-        LLAMA_8B, "h100", 512, 8192,
+        LLAMA_8B, "h100", 512, 8192 + 512,
         "a decode step's arithmetic then takes 1.7 times the reading of the weights (equal at 295)",
-        "reading a weight then takes 1/28 of multiplying with it (equal at 295 tokens); a full step takes 116 ms",
+        "8,192 of prompts and one of each sequence: reading a weight then takes 1/28 of multiplying with it "
+        "(equal at 295 tokens); the prompts take 116 ms",
     ),
     "a slow chip, on which others wait": (
-        LLAMA_8B, "l4", 112, 1024,
+        LLAMA_8B, "l4", 112, 1024 + 112,
         "a decode step at contexts of 1,024 tokens then reads weights and cache for 107 ms",
         "running requests wait for a full step, and 2,048 tokens would take over 200 ms",
     ),
     "a cache without grouped heads": (
-        NEOX_20B, "h100", 112, 4096,
+        NEOX_20B, "h100", 112, 4096 + 112,
         "a decode step at contexts of 1,024 tokens then reads weights and cache for 50 ms",
         "running requests wait for a full step, and 8,192 tokens would take over 200 ms",
     ),
     "logits that outweigh the model": (
-        QWEN_HALF_B, "l4", 712, 16384,
+        QWEN_HALF_B, "l4", 712, 16384 + 712,
         "logits and token counts of that many take 5% of the memory",
         "reading a weight then takes 1/41 of multiplying with it (equal at 403 tokens)",
     ),
@@ -180,10 +182,10 @@ def test_a_context_too_short_to_serve_does_not_count_as_fitting() -> None:
 def test_graphs_share_what_the_widest_of_them_takes() -> None:
     without = plan(LLAMA_8B, 80 * GIB, enable_cuda_graphs=False, max_num_seqs=4)
     capacity = plan(LLAMA_8B, 80 * GIB, max_num_seqs=4)
-    assert (without.graph_bytes, without.max_graph_tokens) == (0, 0)
+    assert (without.graph_bytes, without.launch_bound_tokens) == (0, 0)
     # Of a token: 3 hidden states, queries, keys and values, gate, up and their product.
     token_bytes = 2 * (3 * 4096 + (32 + 2 * 8) * 128 + 3 * 14336)
-    assert (capacity.graph_bytes, capacity.max_graph_tokens) == (2048 * token_bytes, 2048)
+    assert (capacity.graph_bytes, capacity.launch_bound_tokens) == (2048 * token_bytes, 2048)
     lost = (capacity.graph_bytes + capacity.runtime_bytes - without.runtime_bytes) / capacity.kv_block_bytes
     assert without.num_kv_blocks - capacity.num_kv_blocks == pytest.approx(lost, abs=1)
     many = plan(LLAMA_8B, 80 * GIB, max_num_seqs=4096)
@@ -200,9 +202,17 @@ def test_a_step_passes_all_stages() -> None:
 
 
 def test_the_host_launches_only_steps_that_compute_longer() -> None:
-    assert plan(QWEN_HALF_B, 80 * GIB).max_graph_tokens == 8192
-    assert plan(QWEN_HALF_B, 80 * GIB, max_num_batched_tokens=700).max_graph_tokens == 700
-    assert plan(NEOX_20B, 80 * GIB).max_graph_tokens == 1024
+    assert plan(QWEN_HALF_B, 80 * GIB).launch_bound_tokens == 32768
+    assert plan(LLAMA_8B, 80 * GIB).launch_bound_tokens == 2048
+    assert plan(NEOX_20B, 80 * GIB).launch_bound_tokens == 1024
+
+
+def test_graphs_of_prompts_are_no_wider_than_a_step() -> None:
+    token_bytes = token_activation_bytes(QWEN_HALF_B, "bfloat16")
+    wide = plan(QWEN_HALF_B, 80 * GIB, max_num_seqs=1)
+    narrow = plan(QWEN_HALF_B, 80 * GIB, max_num_seqs=1, max_num_batched_tokens=700)
+    assert wide.graph_bytes == token_bytes * wide.max_num_batched_tokens
+    assert narrow.graph_bytes == token_bytes * 700
 
 
 def test_a_quantised_checkpoint_takes_its_stored_bytes() -> None:

@@ -49,8 +49,8 @@ def test_each_number_of_the_tables_is_that_of_the_plan(name, variants):
 
 def test_the_sentences_name_the_limits_that_follow(variants):
     for each, balance in zip(variants, (295, 247), strict=True):
-        assert (each["maxNumSeqs"], each["maxNumBatchedTokens"], each["maxModelLen"]) == (512, 8192, 131072)
+        assert (each["maxNumSeqs"], each["maxNumBatchedTokens"], each["maxModelLen"]) == (512, 8704, 131072)
         assert f"equal at {balance}" in each["limitsWhy"]["maxNumSeqs"]
-        assert "a full step takes 116 ms" in each["limitsWhy"]["maxNumBatchedTokens"]
+        assert "the prompts take 116 ms" in each["limitsWhy"]["maxNumBatchedTokens"]
     assert "balance 2 x 989 / (2 x 3.35) = 295 tokens" in PAGE
     assert "balance 247" in PAGE

@@ -165,8 +165,8 @@ def test_a_gh200_and_a_b200_differ_for_stated_reasons():
     assert (blackwell.arch, blackwell.kernel_variant) == ("amd64", "blackwell")
     assert "equal at 247" in grace.limits_why.max_num_seqs
     assert "equal at 281" in blackwell.limits_why.max_num_seqs
-    assert "a full step takes 116 ms" in grace.limits_why.max_num_batched_tokens
-    assert "a full step takes 51 ms" in blackwell.limits_why.max_num_batched_tokens
+    assert "the prompts take 116 ms" in grace.limits_why.max_num_batched_tokens
+    assert "the prompts take 51 ms" in blackwell.limits_why.max_num_batched_tokens
     for each in (grace, blackwell):
         assert each.limits_why.kv_blocks == "what weights, activations, graphs and runtime leave of the memory"
     assert grace.kv_blocks < blackwell.kv_blocks

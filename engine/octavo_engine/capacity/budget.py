@@ -9,7 +9,7 @@ from octavo_engine.capacity.limits import (
     Choice,
     choose_batched_tokens,
     choose_seqs,
-    max_graph_tokens,
+    launch_bound_tokens,
 )
 from octavo_engine.capacity.memory import (
     GIB,
@@ -29,6 +29,8 @@ CPU_KV_BYTES = 4 * GIB
 SHORTEST_MODEL_LEN = 2048
 
 _FIXED = "the configuration fixes it"
+# Graphs without a GPU are Triton's interpreter's, whose steps all go that way.
+_ANY_STEP = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,8 @@ class Capacity:
     """The memory plan of one engine and the limits that follow from it. All sizes in bytes.
 
     runtime_bytes:        the process itself and what the allocator loses
-    max_graph_tokens:     steps with prompts are CUDA graphs up to this size, on a GPU; 0: none is one
+    launch_bound_tokens:  steps with prompts of up to so many tokens take a host longer to launch than the device to
+                          compute, so that they are better CUDA graphs; 0: no step is one
     predicted_decode_ms:  a decode step with max_num_seqs sequences at contexts of predicted_context tokens
     predicted_ttft_ms:    a prompt of that length, alone
     """
@@ -74,7 +77,7 @@ class Capacity:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    max_graph_tokens: int
+    launch_bound_tokens: int
     predicted_context: int
     predicted_decode_ms: float
     predicted_prefill_tokens_per_s: float
@@ -122,7 +125,8 @@ def plan_capacity(
     """
     weights = weight_bytes(geometry, hardware, dtype, limits.quantization)
     budget = _Budget(geometry, hardware, memory_bytes, memory_utilization, dtype, kv_cache_dtype, limits, weights)
-    tokens, seqs = budget.choose_tokens(), budget.choose_seqs()
+    seqs = budget.choose_seqs()
+    tokens = budget.choose_tokens(seqs.value)
     shares = budget.shares(tokens.value, seqs.value)
     model_len, blocks = budget.choose_blocks(shares, seqs.value)
     num_seqs = seqs if seqs.value <= blocks.value else Choice(blocks.value, "the KV cache has one block for each")
@@ -140,7 +144,7 @@ def plan_capacity(
         max_model_len=model_len.value,
         max_num_seqs=num_seqs.value,
         max_num_batched_tokens=num_tokens.value,
-        max_graph_tokens=budget.max_graph_tokens(num_tokens.value),
+        launch_bound_tokens=budget.launch_bound_tokens(),
         predicted_context=context,
         predicted_decode_ms=prediction.decode_s * 1e3,
         predicted_prefill_tokens_per_s=prediction.prefill_tokens_per_s,
@@ -193,13 +197,17 @@ class _Budget:
         rest = (geometry.num_embedding_parameters + geometry.num_other_parameters) * DTYPE_BYTES[self.dtype]
         return max(self.weights - rest, 1)
 
-    def choose_tokens(self) -> Choice:
-        """Tokens of a step."""
+    def choose_tokens(self, num_seqs: int) -> Choice:
+        """Tokens of a step with so many sequences."""
         if self.limits.max_num_batched_tokens is not None:
             return Choice(self.limits.max_num_batched_tokens, _FIXED)
-        dtype = activation_dtype(self.dtype, self.hardware)
         return choose_batched_tokens(
-            self.geometry, self.hardware, self.usable_bytes, linear_bytes=self.linear_bytes, dtype=dtype
+            self.geometry,
+            self.hardware,
+            self.usable_bytes,
+            linear_bytes=self.linear_bytes,
+            dtype=activation_dtype(self.dtype, self.hardware),
+            num_seqs=num_seqs,
         )
 
     def choose_seqs(self) -> Choice:
@@ -217,20 +225,19 @@ class _Budget:
             free_bytes=max(0, self.usable_bytes - self.weights - runtime_bytes(self.hardware, 0)),
         )
 
-    def max_graph_tokens(self, num_tokens: int) -> int:
-        """As `Capacity.max_graph_tokens`, of steps of at most `num_tokens`."""
+    def launch_bound_tokens(self) -> int:
+        """As `Capacity.launch_bound_tokens`."""
         if not self.limits.enable_cuda_graphs:
             return 0
         if not self.hardware.is_gpu:
-            return num_tokens
-        dtype = activation_dtype(self.dtype, self.hardware)
-        return max_graph_tokens(self.geometry, self.hardware, dtype, num_tokens)
+            return _ANY_STEP
+        return launch_bound_tokens(self.geometry, self.hardware, activation_dtype(self.dtype, self.hardware))
 
     def shares(self, num_tokens: int, num_seqs: int) -> _Shares:
         """What a step of that size takes beside the weights and the cache."""
         dtype = activation_dtype(self.dtype, self.hardware)
         activations = activation_bytes(self.geometry, dtype, num_tokens, num_seqs)
-        graph_tokens = self.max_graph_tokens(num_tokens)
+        graph_tokens = min(num_tokens, self.launch_bound_tokens())
         graphs = (
             graph_bytes(self.geometry, dtype, graph_tokens, num_seqs) if graph_tokens and self.hardware.is_gpu else 0
         )

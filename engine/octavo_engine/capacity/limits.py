@@ -13,7 +13,7 @@ from octavo_kernels.hardware import Hardware
 from octavo_engine.capacity.memory import seq_bytes, token_activation_bytes
 from octavo_engine.geometry import Geometry
 
-# A step's budget: reading a weight takes at most this part of multiplying with it ...
+# A step's prompt tokens: reading a weight takes at most this part of multiplying with it ...
 _READ_PART = 24
 # ... and the step no longer than a reader of one token after another (five a second) notices ...
 LONGEST_STEP_S = 0.2
@@ -54,9 +54,13 @@ def _token_s(geometry: Geometry, hardware: Hardware, dtype: str) -> float:
 
 
 def choose_batched_tokens(
-    geometry: Geometry, hardware: Hardware, memory_bytes: int, *, linear_bytes: int, dtype: str
+    geometry: Geometry, hardware: Hardware, memory_bytes: int, *, linear_bytes: int, dtype: str, num_seqs: int
 ) -> Choice:
-    """The token budget of a step."""
+    """The token budget of a step: a power of two for prompts, beside one token of each of `num_seqs` sequences.
+
+    Without room for both, a prompt as long as the budget would be cut whenever another sequence decodes, and its second
+    piece attend to the first one at half the speed.
+    """
     if not hardware.is_gpu:
         return Choice(_CPU_BATCHED_TOKENS, _CPU_WHY)
     equal = balance(geometry, hardware, linear_bytes=linear_bytes, dtype=dtype)
@@ -75,13 +79,15 @@ def choose_batched_tokens(
         why = f"its activations take {_ACTIVATION_SHARE:.0%} of the memory"
     else:
         why = f"running requests wait for a full step, and {2 * value:,} tokens would take over {limit_ms:.0f} ms"
-    return Choice(value, f"{why}; a full step takes {step_ms:.0f} ms at best")
+    return Choice(
+        value + num_seqs,
+        f"{value:,} of prompts and one of each sequence: {why}; the prompts take {step_ms:.0f} ms at best",
+    )
 
 
-def max_graph_tokens(geometry: Geometry, hardware: Hardware, dtype: str, max_num_batched_tokens: int) -> int:
-    """Steps with prompts of up to so many tokens are CUDA graphs: the host would launch longer than they compute."""
-    num_tokens = geometry.num_layers * _LAYER_LAUNCH_S / _token_s(geometry, hardware, dtype)
-    return min(max_num_batched_tokens, _power_of_two_below(num_tokens))
+def launch_bound_tokens(geometry: Geometry, hardware: Hardware, dtype: str) -> int:
+    """Steps with prompts of up to so many tokens are computed faster than a host launches their kernels one by one."""
+    return _power_of_two_below(geometry.num_layers * _LAYER_LAUNCH_S / _token_s(geometry, hardware, dtype))
 
 
 def choose_seqs(

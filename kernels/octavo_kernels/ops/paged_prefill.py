@@ -136,7 +136,9 @@ def plan_chunks(
     query_lens = metadata.query_lens[metadata.num_decodes :]
     max_tokens = metadata.max_chunk_tokens
     if num_done is not None:
-        starts = starts + torch.tensor(num_done).to(starts, non_blocking=True)
+        # From memory that is not page-locked, the host might wait for the device.
+        host = torch.tensor(num_done, dtype=starts.dtype, pin_memory=starts.is_cuda)
+        starts = starts + host.to(starts.device, non_blocking=True)
         query_lens = tuple(query_len - done for query_len, done in zip(query_lens, num_done, strict=True))
 
     def plan_tiles(tokens_per_tile: int) -> QueryTiles:
