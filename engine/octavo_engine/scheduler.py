@@ -13,8 +13,9 @@ Blocks of a sequence that ends meanwhile are free at once, since the device work
 Torch-free; it knows nothing of tensors or of what a token means.
 """
 
+from bisect import insort
 from collections import deque
-from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -207,9 +208,11 @@ class Scheduler:
 
     def _admit_waiting(self, step: Step) -> None:
         """Start waiting requests, oldest first, up to the first that does not fit: none is overtaken for ever."""
+        num_sequences = sum(1 + request.num_forks for request in self.running)  # with those that prompts will fork into
         while self.waiting and step.num_tokens < self.limits.max_num_batched_tokens:
             request = self.waiting[0]
-            if self._num_sequences() + 1 + request.num_forks > self.limits.max_num_seqs:
+            num_sequences += 1 + request.num_forks
+            if num_sequences > self.limits.max_num_seqs:
                 return
             if request.num_promised:  # preempted while a step was under way: its tokens must be known first
                 return
@@ -232,10 +235,6 @@ class Scheduler:
                 request.block_ids += self.pool.allocate(num_blocks)
             request.num_computed_tokens += num_more
         step.num_rounds = num_rounds
-
-    def _num_sequences(self) -> int:
-        """Running sequences, counting the forks that running prompts will make."""
-        return sum(1 + request.num_forks for request in self.running)
 
     def _admit(self, request: Request, step: Step) -> bool:
         """Move the first waiting request into the step, if blocks for all its known tokens can be had.
@@ -279,7 +278,7 @@ class Scheduler:
             self.counters.num_prefix_cache_queries += request.num_prompt_tokens
             self.counters.num_prefix_cache_hits += request.num_computed_tokens
         request.slot = self._free_slots.pop()
-        _insert_by_age(self.running, request)
+        insort(self.running, request, key=_age)
 
     def _free_up(self, num_blocks: int) -> bool:
         """Evict cached blocks until `num_blocks` are free; False, and nothing evicted, if there are too few."""
@@ -352,7 +351,9 @@ class Scheduler:
         self.running.remove(request)
         self._release_blocks(request)
         request.status = RequestStatus.WAITING
-        _insert_by_age(self.waiting, request)
+        age = _age(request)  # of those that wait, few are older
+        position = next((i for i, each in enumerate(self.waiting) if _age(each) > age), len(self.waiting))
+        self.waiting.insert(position, request)
 
     def _release_blocks(self, request: Request) -> None:
         self.pool.release(reversed(request.block_ids))
@@ -374,11 +375,6 @@ class Scheduler:
 def _age(request: Request) -> tuple[float, str, int]:
     """Sorts the oldest first; requests of one arrival keep the order of their names."""
     return request.arrival_time_s, request.request_id, request.index
-
-
-def _insert_by_age(requests: MutableSequence[Request], request: Request) -> None:
-    position = next((i for i, each in enumerate(requests) if _age(each) > _age(request)), len(requests))
-    requests.insert(position, request)
 
 
 def check_invariants(scheduler: Scheduler) -> None:
