@@ -1,5 +1,6 @@
 """A scheduler's step as the tensors that the model reads: prepared once per step, in batch order."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -22,8 +23,8 @@ class Batch:
     """One step's input.
 
     input_ids, positions: [num_tokens] int64
-    sampled_rows:         [num_sampled] int64, the token whose hidden state each sampled sequence reads. Forks of one
-                          prompt read the same row.
+    sampled_rows:         [num_logits] int64, the token whose hidden state each sampled sequence reads. Forks of one
+                          prompt read the same row. There may be more of them than sequences.
     block_copies:         [2, num_copies] int64, sources and destinations, or None
     """
 
@@ -34,10 +35,13 @@ class Batch:
     block_copies: torch.Tensor | None
 
 
-def prepare(step: Step, block_size: int, device: torch.device, tables: SlotTables | None) -> Batch:
+def prepare(
+    step: Step, block_size: int, device: torch.device, tables: SlotTables | None, numbers_of_logits: Sequence[int] = ()
+) -> Batch:
     """Lay a step out as tensors on `device`.
 
-    tables: the device's; they have the step's blocks, and the tokens that the host does not know yet
+    tables:            the device's; they have the step's blocks, and the tokens that the host does not know yet
+    numbers_of_logits: ascending; `sampled_rows` is filled up to one of them, if it holds anything
     """
     scheduled = step.scheduled
     query_lens = tuple(each.num_tokens for each in scheduled)
@@ -67,7 +71,7 @@ def prepare(step: Step, block_size: int, device: torch.device, tables: SlotTable
             query_lens=query_lens,
             context_lens=context_lens,
         ),
-        sampled_rows=to_device(_sampled_rows(scheduled, query_start_loc)),
+        sampled_rows=to_device(_fill_up(_sampled_rows(scheduled, query_start_loc), numbers_of_logits)),
         block_copies=copies_on(device, step),
     )
 
@@ -113,3 +117,8 @@ def _block_tables(scheduled: Sequence[ScheduledRequest]) -> Integers:
 def _sampled_rows(scheduled: Sequence[ScheduledRequest], query_start_loc: Integers) -> list[int]:
     last_rows = (query_start_loc[1:] - 1).tolist()
     return [row for row, each in zip(last_rows, scheduled, strict=True) for _ in each.sampled]
+
+
+def _fill_up(rows: list[int], numbers: Sequence[int]) -> list[int]:
+    index = bisect_left(numbers, len(rows))
+    return rows + rows[-1:] * (numbers[index] - len(rows)) if index < len(numbers) else rows

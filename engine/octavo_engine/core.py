@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from random import Random
 
-import msgspec
+from octavo_kernels.kernel_cache import report_compilations
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import InvalidRequestError
@@ -23,7 +23,6 @@ from octavo_engine.protocol import (
     EngineReady,
     EngineStats,
     FinishReason,
-    SamplingParams,
     Seat,
     SequenceOutput,
     StepOutputs,
@@ -34,17 +33,10 @@ from octavo_engine.runner import Launched, Runner
 from octavo_engine.scheduler import Scheduler, Step
 from octavo_engine.start import Started, start
 from octavo_engine.step_roofline import scheduled_step_limit_s
+from octavo_engine.warm_up import warm_ups
 
 logger = logging.getLogger(__name__)
 
-# Prompts to warm up with: tokens, and how to sample. On a GPU, chunks of different lengths and draws of different kinds
-# run different kernels, which Triton compiles when they are first asked for.
-CPU_WARM_UPS: tuple[tuple[int, SamplingParams], ...] = ((8, SamplingParams(temperature=0.0)),)
-GPU_WARM_UPS = (
-    (3, SamplingParams(temperature=0.0)),
-    (12, SamplingParams()),
-    (300, SamplingParams(top_p=0.9, repetition_penalty=1.1, logit_bias={0: 1.0}, min_tokens=2)),
-)
 # Tokens that a step may bring each sequence where the host is slower than the device: more would delay newcomers.
 MAX_ROUNDS = 8
 # Weight of the latest step in the running means of what steps cost.
@@ -199,20 +191,15 @@ class EngineCore:
         self._pending += [SequenceOutput(request.request_id, index, [], "abort") for index in indices]
 
     def _warm_up(self) -> None:
-        """Run prompts and decode steps, so that no client waits for libraries to initialise or kernels to compile.
-
-        On a GPU the widest steps, too: what does not fit into its memory has to show now.
-        """
-        warm_ups, limits = CPU_WARM_UPS, self.scheduler.limits
-        if self._started.device.torch_device.type == "cuda":
-            widest = limits.max_num_batched_tokens, SamplingParams(temperature=0.0)
-            warm_ups = (*GPU_WARM_UPS, widest, (1, SamplingParams(n=limits.max_num_seqs)))
-        for length, sampling in warm_ups:
-            prompt = [0] * max(1, min(length, self._max_model_len - 2))
-            params = msgspec.structs.replace(sampling, max_tokens=2, ignore_eos=True)
-            self.add_request(AddRequest("warm-up", prompt, params, time.monotonic()))
+        is_gpu = self._started.device.torch_device.type == "cuda"
+        for warm_up in warm_ups(self.scheduler.limits, is_gpu=is_gpu):
+            prompt = [0] * max(1, min(warm_up.num_tokens, self._max_model_len - 2))
+            for number in range(warm_up.num_prompts):
+                self.add_request(AddRequest(f"warm-up-{number}", prompt, warm_up.params, time.monotonic()))
             while self.has_work:
                 self.step(max_rounds=1)
+        if is_gpu:
+            report_compilations(_warn_of_compilation)
         self.scheduler = Scheduler(self._started.scheduler_limits)
         self._num_steps = 0
         self._host_s = self._round_s = self._busy_since_s = 0.0
@@ -255,3 +242,9 @@ class EngineCore:
             last_step_roofline_ratio=self._roofline_ratio,
             last_progress_s=time.monotonic(),
         )
+
+
+def _warn_of_compilation(kernel: str, seconds: float) -> None:
+    logger.warning(
+        "all requests waited %.2f s while %s was compiled: the warm-up did not need that kernel", seconds, kernel
+    )

@@ -15,6 +15,7 @@ from octavo_kernels.launch import runs_triton
 from octavo_kernels.ops import prompt_attention
 
 from octavo_engine.batch import copies_on, prepare
+from octavo_engine.capacity import graph_sizes
 from octavo_engine.decode_graphs import DecodeGraphs
 from octavo_engine.gpu_sampler import GpuSampler
 from octavo_engine.graph_capture import graph_pool
@@ -89,6 +90,8 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
         self._mixed_graphs: MixedGraphs | None = None
         self._last_ended: torch.cuda.Event | None = None
+        # On a GPU those of decode steps: kernels for few rows are compiled for each number of them.
+        self._numbers_of_logits: Sequence[int] = ()
         if self._device.type == "cuda":
             geometry = started.geometry
             heads = torch.zeros(
@@ -98,6 +101,7 @@ class Runner:
             prompt_attention.warm_up(heads, geometry.num_heads, geometry.num_kv_heads, self._kv_cache[:, 0])
         if self.is_asynchronous:
             self._sampler = GpuSampler(eos_token_ids, limits.max_num_seqs, self._device)
+            self._numbers_of_logits = graph_sizes(limits.max_num_seqs)
             max_blocks = -(-limits.max_model_len // limits.block_size)
             self._tables = SlotTables(limits.max_num_seqs, max_blocks, self._device)
             if started.enable_cuda_graphs:
@@ -150,7 +154,7 @@ class Runner:
         return launched
 
     def _launch_eagerly(self, step: Step) -> Launched:
-        batch = prepare(step, self._block_size, self._device, self._tables)
+        batch = prepare(step, self._block_size, self._device, self._tables, self._numbers_of_logits)
         self._copy_blocks(batch.block_copies)
         if self._mixed_graphs and self._mixed_graphs.suits(batch, is_device_idle=self._is_idle()):
             hidden = self._mixed_graphs.run(batch)
@@ -160,7 +164,7 @@ class Runner:
         sampled = step.sampled
         launched = Launched(step, sampled, torch.empty(1, len(sampled), dtype=torch.int64), 0.0)
         if sampled:
-            self._sample(launched, self._model.compute_logits(hidden[batch.sampled_rows]))
+            self._sample(launched, self._model.compute_logits(hidden[batch.sampled_rows])[: len(sampled)])
         return launched
 
     def _is_idle(self) -> bool:

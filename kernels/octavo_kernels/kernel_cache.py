@@ -1,7 +1,12 @@
-"""Where Triton keeps machine code: a folder that may outlive a process and serve several nodes, such as a volume."""
+"""Where Triton keeps machine code: a folder that may outlive a process and serve several nodes, such as a volume.
+
+What is not there is compiled when it is first launched, which takes as long as many steps: an engine wants to know.
+"""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -23,3 +28,13 @@ def use_kernel_cache(folder: Path, octavo_version: str, capability: ComputeCapab
     triton.knobs.cache.dir = str(path)
     logger.info("compiled kernels are kept in %s, which holds %d", path, sum(1 for each in path.iterdir()))
     return path
+
+
+def report_compilations(report: Callable[[str, float], None]) -> None:
+    """Call `report` with the name and the seconds of each kernel that this process compiles from now on."""
+
+    def on_compiled(*, src: Any, times: Any, cache_hit: bool, **_: object) -> None:
+        if not cache_hit:
+            report(str(src.name), times.total / 1e6)
+
+    triton.knobs.compilation.listener = on_compiled

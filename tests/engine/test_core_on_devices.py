@@ -1,5 +1,6 @@
 """The same engine on every torch device: a tiny model, chunked, preempted and forked, against `transformers`."""
 
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from engine.paged_runner import PagedRunner, load, random_prompts, reference_logits
+from octavo_engine.bench.models import find_model, model_address
 from octavo_engine.config import EngineConfig
 from octavo_engine.core import EngineCore
 from octavo_engine.protocol import AddRequest, SamplingParams
 from octavo_engine.scheduler import check_invariants
+from octavo_kernels.kernel_cache import report_compilations
 from octavo_kernels.launch import FLOAT8_VARIANTS, variant_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -176,3 +179,26 @@ def test_an_8_bit_cache_on_a_gpu_is_close_to_a_wide_one(tiny_llama_dir) -> None:
     error = (found[0] - found[1]).abs().max().item()
     print(f"log probabilities over an 8-bit cache differ by up to {error:.3f} of {found[0].std():.2f}")
     assert 0 < error < 0.5
+
+
+@on_gpu
+def test_nothing_is_compiled_while_requests_are_answered(tmp_path) -> None:
+    """Requests that come one after the other or in swarms, with short and long prompts, greedy and drawn."""
+    fields = {"load_format": "dummy", "max_model_len": 4096, "max_num_seqs": 96, "kernel_cache_dir": str(tmp_path)}
+    with model_address(find_model("llama-1b")) as address:
+        core = EngineCore(EngineConfig(model=address, device="cuda", **fields), lambda phase: None)
+    compiled: list[str] = []
+    report_compilations(lambda kernel, seconds: compiled.append(kernel))
+    drawn = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1}
+    for sampling, num_at_once, lengths in itertools.product(
+        ({"temperature": 0}, drawn), (1, 3, 60), ((5,), (300, 1900))
+    ):
+        params = SamplingParams(max_tokens=8, ignore_eos=True, **sampling)
+        waiting = [(number, length) for number in range(70 // len(lengths)) for length in lengths]
+        while waiting or core.has_work:
+            for number, length in waiting[:num_at_once]:
+                prompt = [2 + (7 * number + j * j) % 30_000 for j in range(length)]
+                core.add_request(AddRequest(f"{number}-{length}", prompt, params, time.monotonic()))
+            waiting = waiting[num_at_once:]
+            core.step()
+    assert not compiled

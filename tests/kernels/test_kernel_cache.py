@@ -10,12 +10,13 @@ import pytest
 PROGRAM = """
 import sys
 from pathlib import Path
-from octavo_kernels.kernel_cache import use_kernel_cache
+from octavo_kernels.kernel_cache import report_compilations, use_kernel_cache
 from octavo_kernels.launch import compile_example
 from octavo_kernels.ops.silu_and_mul import compile_examples
 
 version, capability = sys.argv[2], int(sys.argv[3])
 use_kernel_cache(Path(sys.argv[1]), version, divmod(capability, 10))
+report_compilations(lambda kernel, seconds: print(kernel, 0 < seconds < 60))
 for example in compile_examples("generic"):
     assert compile_example(example, capability).asm["cubin"]
 """
@@ -26,11 +27,12 @@ def implementation() -> str:
     return "triton"
 
 
-def compile_into(folder: Path, version: str = "1", capability: int = 90) -> dict[Path, int]:
-    """Compile in a process of its own; files of the folder -> when they were written."""
+def compile_into(folder: Path, version: str = "1", capability: int = 90, reported: int = 2) -> dict[Path, int]:
+    """Compile in a process of its own, which reports so many kernels; files of the folder -> when they were written."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", PROGRAM, str(folder), version, str(capability)]
-    subprocess.run(command, env=environment, check=True, timeout=120)
+    output = subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True, text=True).stdout
+    assert output.splitlines() == ["_silu_and_mul_kernel True"] * reported
     return files_of(folder)
 
 
@@ -50,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_second_start_compiles_nothing(folder: Path) -> None:
     first = files_of(folder)
-    assert compile_into(folder) == first
+    assert compile_into(folder, reported=0) == first
 
 
 def test_other_versions_and_gpus_have_folders_of_their_own(folder: Path) -> None:
