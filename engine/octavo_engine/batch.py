@@ -13,7 +13,7 @@ from octavo_kernels.ops.attention_metadata import AttentionMetadata
 from octavo_engine.request import PROMISED
 from octavo_engine.scheduler import ScheduledRequest, Step
 from octavo_engine.slot_tables import SlotTables
-from octavo_engine.staging import upload
+from octavo_engine.staging import upload, upload_together
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -46,32 +46,47 @@ def prepare(
     scheduled = step.scheduled
     query_lens = tuple(each.num_tokens for each in scheduled)
     context_lens = tuple(each.first_token + each.num_tokens for each in scheduled)
-    query_start_loc = np.fromiter(accumulate(query_lens, initial=0), np.int64, len(scheduled) + 1)
-    host_positions = _positions(scheduled, query_start_loc)
+    starts = np.fromiter(accumulate(query_lens, initial=0), np.int64, len(scheduled) + 1)
     rows = np.repeat(np.arange(len(scheduled)), query_lens)
-
-    def to_device(values: Sequence[int] | Integers) -> torch.Tensor:
-        return upload(np.asarray(values, np.int64), device)
-
+    slots = np.fromiter((each.request.slot for each in scheduled), np.int64, len(scheduled))
+    token_ids = _token_ids(scheduled, step.num_tokens)
+    (promised,) = np.nonzero(token_ids == PROMISED)
+    here = upload_together(
+        {
+            "input_ids": token_ids,
+            "positions": _positions(scheduled, starts),
+            "requests": rows,
+            "seq_lens": context_lens,
+            "query_start_loc": starts,
+            "sampled_rows": _fill_up(_sampled_rows(scheduled, starts), numbers_of_logits),
+            "slots": slots,
+            "promised": promised,
+            "promised_slots": slots[rows[promised]],
+        },
+        device,
+    )
     if tables is None:
-        block_tables = to_device(_block_tables(scheduled))
+        assert not len(promised), "without tables on the device every token is known"
+        block_tables = upload(_block_tables(scheduled), device)
     else:
-        block_tables = tables.block_tables[to_device([each.request.slot for each in scheduled])]
-    positions = to_device(host_positions)
-    blocks = block_tables[to_device(rows), torch.div(positions, block_size, rounding_mode="floor")]
+        block_tables = tables.block_tables[here["slots"]]
+        if len(promised):
+            here["input_ids"][here["promised"]] = tables.last_tokens[here["promised_slots"]]
+    positions = here["positions"]
+    blocks = block_tables[here["requests"], torch.div(positions, block_size, rounding_mode="floor")]
     return Batch(
-        input_ids=_input_ids(scheduled, step.num_tokens, rows, device, tables),
+        input_ids=here["input_ids"],
         positions=positions,
         metadata=AttentionMetadata(
             block_tables=block_tables,
-            seq_lens=to_device(context_lens),
-            query_start_loc=to_device(query_start_loc),
+            seq_lens=here["seq_lens"],
+            query_start_loc=here["query_start_loc"],
             slot_mapping=blocks * block_size + positions % block_size,
             num_decodes=sum(length == 1 for length in query_lens),
             query_lens=query_lens,
             context_lens=context_lens,
         ),
-        sampled_rows=to_device(_fill_up(_sampled_rows(scheduled, query_start_loc), numbers_of_logits)),
+        sampled_rows=here["sampled_rows"],
         block_copies=copies_on(device, step),
     )
 
@@ -87,23 +102,10 @@ def _positions(scheduled: Sequence[ScheduledRequest], query_start_loc: Integers)
     return np.arange(query_start_loc[-1], dtype=np.int64) + shifts
 
 
-def _input_ids(
-    scheduled: Sequence[ScheduledRequest],
-    num_tokens: int,
-    rows: Integers,
-    device: torch.device,
-    tables: SlotTables | None,
-) -> torch.Tensor:
-    """Tokens that are only promised are what the device sampled last."""
+def _token_ids(scheduled: Sequence[ScheduledRequest], num_tokens: int) -> Integers:
+    """PROMISED for those that the device sampled and the host does not know yet."""
     chunks = (each.request.token_ids[each.first_token : each.first_token + each.num_tokens] for each in scheduled)
-    token_ids = np.fromiter(chain.from_iterable(chunks), np.int64, num_tokens)
-    input_ids = upload(token_ids, device)
-    (promised,) = np.nonzero(token_ids == PROMISED)
-    if len(promised):
-        assert tables is not None, "without tables on the device every token is known"
-        slots = np.fromiter((scheduled[row].request.slot for row in rows[promised]), np.int64, len(promised))
-        input_ids[upload(promised, device)] = tables.last_tokens[upload(slots, device)]
-    return input_ids
+    return np.fromiter(chain.from_iterable(chunks), np.int64, num_tokens)
 
 
 def _block_tables(scheduled: Sequence[ScheduledRequest]) -> Integers:
