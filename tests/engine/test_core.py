@@ -41,8 +41,21 @@ TEXTS = [
 ]
 
 
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")]
+PLACES = [
+    pytest.param({"device": "cpu"}, id="cpu"),
+    pytest.param({"device": "cuda"}, id="cuda", marks=GPU),
+    pytest.param({"device": "cuda", "enable_cuda_graphs": False}, id="cuda without graphs", marks=GPU),
+]
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def place(request) -> dict[str, object]:
+    return request.param
+
+
 def make_core(**fields) -> EngineCore:
-    config = EngineConfig(model=MODEL, device="cpu", dtype="float32", **{"max_model_len": 1024, **fields})
+    config = EngineConfig(model=MODEL, dtype="float32", **{"max_model_len": 1024, **fields})
     return EngineCore(config, lambda phase: None)
 
 
@@ -67,8 +80,8 @@ def tokens(outputs: Iterable[SequenceOutput]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def core() -> EngineCore:
-    return make_core()
+def core(place) -> EngineCore:
+    return make_core(**place)
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +137,8 @@ def test_in_a_batch_of_16_with_mixed_lengths_and_with_prefix_hits(core, prompts,
     assert core.scheduler.counters.num_prefix_cache_hits > core_hits
 
 
-def test_without_prefix_cache_and_with_small_chunks(prompts, check_greedy) -> None:
-    core = make_core(enable_prefix_caching=False, max_num_batched_tokens=19, max_num_seqs=16)
+def test_without_prefix_cache_and_with_small_chunks(place, prompts, check_greedy) -> None:
+    core = make_core(**place, enable_prefix_caching=False, max_num_batched_tokens=19, max_num_seqs=16)
     for i, prompt in enumerate(prompts[::2]):
         add(core, f"r{i}", prompt)
     outputs = run(core)
@@ -134,8 +147,8 @@ def test_without_prefix_cache_and_with_small_chunks(prompts, check_greedy) -> No
         check_greedy(prompt, tokens(outputs[f"r{i}", 0]))
 
 
-def test_across_forced_preemptions(prompts, check_greedy) -> None:
-    core = make_core(num_kv_blocks=24, max_model_len=256, max_num_seqs=16)
+def test_across_forced_preemptions(place, prompts, check_greedy) -> None:
+    core = make_core(**place, num_kv_blocks=24, max_model_len=256, max_num_seqs=16)
     for i, prompt in enumerate(prompts):
         add(core, f"r{i}", prompt)
     outputs = run(core)
