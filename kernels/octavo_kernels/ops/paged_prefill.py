@@ -296,7 +296,8 @@ def _chunk_kernel(
     first_token = 0
     if HAS_WINDOW:
         first_token = tl.maximum(first_position - window + 1, 0)
-    # Tiles of keys: those that the window cuts off for some queries, those that all see, those in some query's future.
+    # Tiles of keys: 0, those that the window cuts off for some queries; 1, those that all see, without a mask; 2, those
+    # in some query's future.
     first_tile = first_token // TILE
     end_tile = last_position // TILE + 1
     whole_tile = first_tile
@@ -311,34 +312,18 @@ def _chunk_kernel(
     row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     blocks = load_blocks(table_ptr, first_tile, first_token, end_token, TILE, BLOCK_SIZE)
-    if HAS_WINDOW:
-        for tile in range(first_tile, whole_tile):
+    for part in tl.static_range(0 if HAS_WINDOW else 1, 3):
+        first = first_tile if part == 0 else whole_tile if part == 1 else cut_tile
+        end = whole_tile if part == 0 else cut_tile if part == 1 else end_tile
+        for tile in range(first, end):
             next_blocks = load_blocks(table_ptr, tile + 1, first_token, end_token, TILE, BLOCK_SIZE)
             accumulator, row_sum, row_max = attend_tile(
                 accumulator, row_sum, row_max, query, positions, slopes, kv_ptr, blocks, tile, first_token, end_token,
                 kv_block_stride, kv_value_stride, kv_token_stride, score_scale, softcap, window,
                 HEAD_DIM, BLOCK_D, BLOCK_SIZE, TILE,
-                IS_MASKED=True, HAS_WINDOW=True, HAS_ALIBI=HAS_ALIBI, HAS_SOFTCAP=HAS_SOFTCAP,
+                IS_MASKED=part != 1, HAS_WINDOW=HAS_WINDOW and part != 1, HAS_ALIBI=HAS_ALIBI, HAS_SOFTCAP=HAS_SOFTCAP,
             )  # fmt: skip
             blocks = next_blocks
-    for tile in range(whole_tile, cut_tile):
-        next_blocks = load_blocks(table_ptr, tile + 1, first_token, end_token, TILE, BLOCK_SIZE)
-        accumulator, row_sum, row_max = attend_tile(
-            accumulator, row_sum, row_max, query, positions, slopes, kv_ptr, blocks, tile, first_token, end_token,
-            kv_block_stride, kv_value_stride, kv_token_stride, score_scale, softcap, window,
-            HEAD_DIM, BLOCK_D, BLOCK_SIZE, TILE,
-            IS_MASKED=False, HAS_WINDOW=False, HAS_ALIBI=HAS_ALIBI, HAS_SOFTCAP=HAS_SOFTCAP,
-        )  # fmt: skip
-        blocks = next_blocks
-    for tile in range(cut_tile, end_tile):
-        next_blocks = load_blocks(table_ptr, tile + 1, first_token, end_token, TILE, BLOCK_SIZE)
-        accumulator, row_sum, row_max = attend_tile(
-            accumulator, row_sum, row_max, query, positions, slopes, kv_ptr, blocks, tile, first_token, end_token,
-            kv_block_stride, kv_value_stride, kv_token_stride, score_scale, softcap, window,
-            HEAD_DIM, BLOCK_D, BLOCK_SIZE, TILE,
-            IS_MASKED=True, HAS_WINDOW=HAS_WINDOW, HAS_ALIBI=HAS_ALIBI, HAS_SOFTCAP=HAS_SOFTCAP,
-        )  # fmt: skip
-        blocks = next_blocks
 
     result = accumulator * (v_scale / row_sum)[:, None]
     output_ptrs = output_ptr + (rows * output_token_stride + heads * HEAD_DIM)[:, None] + columns[None, :]
