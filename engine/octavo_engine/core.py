@@ -63,8 +63,16 @@ class EngineCore:
         self._roofline_ratio = 0.0
         self._host_s = self._round_s = 0.0  # running means: the host's time for a step, the device's for one round
         self._busy_since_s = 0.0  # when the last step returned, if there was more to do
-        on_phase(EnginePhase("warming_up"))
-        self._runner = Runner(self._started, lambda fraction: on_phase(EnginePhase("warming_up", fraction)))
+
+        def on_captured(fraction: float) -> None:
+            loaded = self._started.under_way.progress
+            on_phase(EnginePhase("loading", loaded) if loaded < 1 else EnginePhase("warming_up", fraction))
+
+        on_captured(0.0)
+        with self._started.under_way:
+            self._runner = Runner(self._started, on_captured)
+        self._started.finish_loading(lambda fraction, text: on_phase(EnginePhase("loading", fraction, text)))
+        on_phase(EnginePhase("warming_up", 1.0))
         self._num_ahead = 1 if self._runner.is_asynchronous else 0
         self._warm_up()
         on_phase(EnginePhase("ready", 1.0))

@@ -17,6 +17,7 @@ from octavo_engine.errors import CapacityError, ConfigError
 from octavo_engine.geometry import Geometry, check_served, read_geometry
 from octavo_engine.loading.loader import load_model
 from octavo_engine.loading.tokenizer import read_eos_token_ids
+from octavo_engine.loading.upload import ProgressCallback, Uploader
 from octavo_engine.model_source import resolve_model
 from octavo_engine.models import Model
 from octavo_engine.parallel import Ranks
@@ -34,6 +35,7 @@ class Started:
               one copy forks, moves or swaps it
     geometry: of what is on this device: the model, or this rank's share of it
     ranks:    those that share it; None: there is one
+    under_way: what brings the weights
     """
 
     model: Model
@@ -46,7 +48,14 @@ class Started:
     enable_cuda_graphs: bool
     actual_weight_bytes: int
     kernels: dict[str, str]
+    under_way: Uploader
     ranks: Ranks | None = None
+
+    def finish_loading(self, on_progress: ProgressCallback) -> None:
+        """Wait until all weights are there, on all ranks. Raises ModelSourceError or UnsupportedModelError."""
+        self.under_way.wait(on_progress)
+        if self.ranks:
+            self.ranks.tell_all("loaded", "")  # some disks are slower than others, by more than a step may take
 
     @property
     def scheduler_limits(self) -> SchedulerLimits:
@@ -86,7 +95,7 @@ class Started:
 
 
 def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None], seat: Seat | None = None) -> Started:
-    """Bring up everything but the loop.
+    """Bring up everything but the loop. Weights may still be `under_way`.
 
     seat: this rank's, of an engine with several
     Raises ConfigError, ModelSourceError, UnsupportedModelError or CapacityError, each with what to do about it.
@@ -129,25 +138,28 @@ def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None], seat: S
         load_format=config.load_format,
         ranks=ranks,
         on_progress=lambda fraction, text: on_phase(EnginePhase("loading", fraction, text)),
+        may_return_early=True,
     )
-    if ranks:
-        ranks.tell_all("loaded", "")  # some disks are slower than others, by more than a step may take
-    if ranks and ranks.pipeline:  # the plan is that of the fullest stage
-        num_layers = len(ranks.pipeline.layers(geometry.num_layers))
-        part = replace(part, num_layers=num_layers, num_full_layers=min(part.num_full_layers, num_layers))
-    return Started(
-        model=loaded.model,
-        kv_cache=allocate_kv_cache(part, capacity, getattr(torch, kv_cache_dtype), device.torch_device),
-        device=device,
-        geometry=part,
-        capacity=capacity,
-        eos_token_ids=frozenset(read_eos_token_ids(files)),
-        enable_prefix_caching=config.enable_prefix_caching,
-        enable_cuda_graphs=config.enable_cuda_graphs,
-        actual_weight_bytes=loaded.weight_bytes,
-        kernels=loaded.kernels,
-        ranks=ranks,
-    )
+    with loaded.under_way:
+        if ranks:
+            ranks.tell_all("allocated", "")
+        if ranks and ranks.pipeline:  # the plan is that of the fullest stage
+            num_layers = len(ranks.pipeline.layers(geometry.num_layers))
+            part = replace(part, num_layers=num_layers, num_full_layers=min(part.num_full_layers, num_layers))
+        return Started(
+            model=loaded.model,
+            kv_cache=allocate_kv_cache(part, capacity, getattr(torch, kv_cache_dtype), device.torch_device),
+            device=device,
+            geometry=part,
+            capacity=capacity,
+            eos_token_ids=frozenset(read_eos_token_ids(files)),
+            enable_prefix_caching=config.enable_prefix_caching,
+            enable_cuda_graphs=config.enable_cuda_graphs,
+            actual_weight_bytes=loaded.weight_bytes,
+            kernels=loaded.kernels,
+            under_way=loaded.under_way,
+            ranks=ranks,
+        )
 
 
 def _shard(geometry: Geometry, config: EngineConfig) -> Geometry:

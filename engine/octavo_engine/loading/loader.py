@@ -21,14 +21,11 @@ from octavo_engine.loading.gguf_weights import GgufWeights
 from octavo_engine.loading.kv_scales import take_kv_scale
 from octavo_engine.loading.model_config import config_from_gguf, read_model_config
 from octavo_engine.loading.safetensors_weights import SafetensorsWeights
-from octavo_engine.loading.upload import Uploader
+from octavo_engine.loading.upload import ProgressCallback, Uploader
 from octavo_engine.loading.weight_source import Part, StoredTensor, WeightSource
 from octavo_engine.model_source import ModelFiles
 from octavo_engine.models import Model, find_model_class
 from octavo_engine.parallel import Ranks
-
-# (share of the bytes that are loaded, what is loading)
-ProgressCallback = Callable[[float, str], None]
 
 # Buffers that old checkpoints store although they follow from the configuration.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.(attn|self_attn|attention)\.(masked_)?bias")
@@ -37,11 +34,15 @@ _MAX_NAMES = 5
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """weight_bytes: memory of the parameters; kernels: op -> implementation that was chosen for it."""
+    """weight_bytes: memory of the parameters; kernels: op -> implementation that was chosen for it.
+
+    under_way: what fills the parameters, to be waited for if that was left open
+    """
 
     model: Model
     weight_bytes: int
     kernels: dict[str, str]
+    under_way: Uploader
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +73,7 @@ def load_model(
     max_model_len: int | None = None,
     load_format: LoadFormat = "auto",
     ranks: Ranks | None = None,
+    may_return_early: bool = False,
 ) -> LoadedModel:
     """Build the model of `files` with its weights in `dtype` on `device`, packed for it and ready to run.
 
@@ -80,6 +82,7 @@ def load_model(
     load_format:   auto, or dummy for random weights, for which the folder needs nothing but config.json
     ranks:         those that the model is spread over, which `geometry`, that of the whole model, can be divided
                    among; None: this process has all of it. Of a file of safetensors a rank reads its share alone.
+    may_return_early: with weights `under_way` to a GPU, whose addresses are all that capturing graphs takes
     Memory peaks at the weights plus one of the checkpoint's tensors, or two where their rows change places; for a GPU
     several are read at a time.
     Raises UnsupportedModelError if the architecture is unknown, or if tensors are missing, unexpected or mis-shaped;
@@ -94,14 +97,29 @@ def load_model(
         model.shard(ranks)
     if load_format == "dummy":
         fill_dummy_parameters(model, dtype, device, seed=0)
+        under_way = Uploader(device)
     else:
         source: WeightSource = GgufWeights(gguf_file, geometry) if gguf_file else SafetensorsWeights(files.path)
-        fill_parameters(model, source, dtype, device, on_progress)
-    model.to(device=device).eval()
-    return pack_weights(model, dtype, device, quantization)
+        under_way = begin_to_fill(model, source, dtype, device)
+        if not (may_return_early and device.type == "cuda" and quantization == "none" and _are_filled_in_place(model)):
+            under_way.wait(on_progress)
+    with under_way:
+        model.to(device=device).eval()
+        return pack_weights(model, dtype, device, quantization, under_way)
 
 
-def pack_weights(model: Model, dtype: torch.dtype, device: torch.device, quantization: Quantization) -> LoadedModel:
+def _are_filled_in_place(model: Model) -> bool:
+    """Whether filling takes no memory of the device beside the parameters'."""
+    return not any(isinstance(module, Linear) and module.fused for module in model.modules())
+
+
+def pack_weights(
+    model: Model,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization,
+    under_way: Uploader,
+) -> LoadedModel:
     """Lay out every multiplied weight for its device, and set the type of activations."""
     kernel = choose_linear(device, dtype, quantization)
     # Never quantised: greedy choices hang on the logits.
@@ -118,7 +136,7 @@ def pack_weights(model: Model, dtype: torch.dtype, device: torch.device, quantiz
             packed_bytes += module.pack(output_kernel)
     weight_bytes = packed_bytes + sum(parameter.nbytes for parameter in model.parameters())
     names = {"attention": _attention_kernel(dtype, device), "linear": kernel.name, "output": output_kernel.name}
-    return LoadedModel(model, weight_bytes, names)
+    return LoadedModel(model, weight_bytes, names, under_way)
 
 
 def _attention_kernel(dtype: torch.dtype, device: torch.device) -> str:
@@ -128,22 +146,19 @@ def _attention_kernel(dtype: torch.dtype, device: torch.device) -> str:
     return "c" if activation_dtype(dtype, device) == torch.float32 and cpu_kernels() is not None else "torch"
 
 
-def fill_parameters(
-    model: Model, source: WeightSource, dtype: torch.dtype, device: torch.device, on_progress: ProgressCallback
-) -> None:
-    """Give each of the model's meta parameters memory and values.
+def begin_to_fill(model: Model, source: WeightSource, dtype: torch.dtype, device: torch.device) -> Uploader:
+    """Give each of the model's meta parameters memory, and have values brought there.
 
     Raises UnsupportedModelError that names tensors which are missing, unexpected, double or mis-shaped.
     """
     slots = dict(_slots(model))
     elsewhere = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.Identity))
-    missing = set(slots)
-    unexpected, num_read, num_bytes = [], 0, max(source.num_bytes, 1)
-    with Uploader[StoredTensor](device) as uploader:
+    missing, unexpected = set(slots), []
+    with Uploader(device) as uploader:
         for stored in source:
             name = model.own_name(stored.name)
             if name in missing:
-                uploader.submit(_filling(slots[name], stored, dtype, device), stored)
+                uploader.submit(_filling(slots[name], stored, dtype, device), stored.name, stored.num_bytes)
                 missing.remove(name)
             elif name.startswith(elsewhere):
                 pass  # another stage's
@@ -155,10 +170,7 @@ def fill_parameters(
             raise UnsupportedModelError(
                 f"the checkpoint has tensors that {type(model).__name__} does not: {_some(unexpected)}"
             )
-        for stored in uploader.done():
-            num_read += stored.num_bytes
-            on_progress(min(num_read / num_bytes, 1.0), stored.name)
-    on_progress(1.0, "weights loaded")
+        return uploader
 
 
 def _slots(model: Model) -> Iterator[tuple[str, Slot]]:
@@ -193,9 +205,7 @@ def _part(part: Part, shape: tuple[int, ...]) -> Part:
     return () if is_whole else part
 
 
-def _filling(
-    slot: Slot, stored: StoredTensor, dtype: torch.dtype, device: torch.device
-) -> Callable[[Uploader[StoredTensor]], None]:
+def _filling(slot: Slot, stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> Callable[[Uploader], None]:
     """What fills the slot, once its parameter has memory."""
     if stored.shape != slot.shape:
         raise UnsupportedModelError(
@@ -210,7 +220,7 @@ def _filling(
         slot.module.register_parameter(slot.parameter, parameter)
     rows = parameter[slot.start : slot.stop]
 
-    def fill(uploader: Uploader[StoredTensor]) -> None:
+    def fill(uploader: Uploader) -> None:
         tensor = stored.read(slot.part)
         if not tensor.is_floating_point():
             raise UnsupportedModelError(f"the checkpoint's {stored.name} holds {tensor.dtype}, which is not supported")

@@ -4,28 +4,39 @@ A thread reads a piece of a tensor into memory that the GPU's copy engine can re
 is copied. One thread alone would leave most of the bus idle, however fast the files are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from threading import local
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Self
 
 import torch
 
 NUM_THREADS = 8
 PIECE_BYTES = 32 << 20
 
-T = TypeVar("T")
+# (share of the bytes that are there, what has come last)
+ProgressCallback = Callable[[float, str], None]
 
 
-class Uploader(Generic[T]):
-    """Fills tensors of a device from threads of its own; on a CPU from one, one after the other."""
+@dataclass(frozen=True, slots=True)
+class _Item:
+    name: str
+    num_bytes: int
+
+
+class Uploader:
+    """Fills tensors of a device from threads of its own; on a CPU from one, one after the other.
+
+    As a context it begins nothing more after an error: the process, which ends with it, would wait for all weights.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = ThreadPoolExecutor(NUM_THREADS if device.type == "cuda" else 1, "upload")
         self._thread = local()
-        self._tasks: dict[Future[None], T] = {}
+        self._tasks: dict[Future[None], _Item] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -33,21 +44,37 @@ class Uploader(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._pool.shutdown(cancel_futures=error is not None)
+        if error is not None:
+            self._end()
 
-    def submit(self, fill: "Callable[[Uploader[T]], None]", what: T) -> None:
+    def submit(self, fill: "Callable[[Uploader], None]", name: str, num_bytes: int) -> None:
         """Have a thread call `fill`, which reads something and `copy`s it."""
         # What the caller's stream has begun, such as zeros for a tensor, comes first.
         begun = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
-        self._tasks[self._pool.submit(self._run, fill, begun)] = what
+        self._tasks[self._pool.submit(self._run, fill, begun)] = _Item(name, num_bytes)
 
-    def done(self) -> Iterator[T]:
-        """What was submitted, each once it is there. Raises what one of them raised."""
-        for task in as_completed(self._tasks):
-            task.result()
-            yield self._tasks[task]
+    @property
+    def progress(self) -> float:
+        """The share of the bytes that are there."""
+        num_done = sum(item.num_bytes for task, item in self._tasks.items() if task.done())
+        return num_done / (sum(item.num_bytes for item in self._tasks.values()) or 1) if self._tasks else 1.0
 
-    def _run(self, fill: "Callable[[Uploader[T]], None]", begun: torch.cuda.Event | None) -> None:
+    def wait(self, on_progress: ProgressCallback) -> None:
+        """Return when everything is there. Raises what one of the fillings raised."""
+        try:
+            pending = [task for task in self._tasks if not task.done()]
+            for task in self._tasks.keys() - set(pending):
+                task.result()
+            for task in as_completed(pending):
+                task.result()
+                on_progress(self.progress, self._tasks[task].name)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _run(self, fill: "Callable[[Uploader], None]", begun: torch.cuda.Event | None) -> None:
         if begun is None:
             fill(self)
             return
