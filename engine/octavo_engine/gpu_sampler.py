@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from octavo_kernels.ops.argmax import argmax_rows
 from octavo_kernels.ops.penalties import add_logit_bias_, forbid_tokens_
-from octavo_kernels.ops.sample_tokens import SamplingTensors, sample_rows
+from octavo_kernels.ops.sample_tokens import sample_rows
+from octavo_kernels.ops.sampling_tensors import SamplingTensors
 
 from octavo_engine.request import Request
 from octavo_engine.sampler import forbidden_tokens, has_filters

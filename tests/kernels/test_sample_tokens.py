@@ -5,17 +5,12 @@ import dataclasses
 import pytest
 import torch
 from octavo_kernels.launch import VARIANTS
-from octavo_kernels.ops import argmax
-from octavo_kernels.ops.sample_tokens import (
-    SamplingTensors,
-    compile_examples,
-    example_inputs,
-    filter_thresholds,
-    kept_tokens_reference,
-    philox_reference,
-    sample_rows,
-    sample_rows_reference,
-)
+from octavo_kernels.ops import argmax, sample_tokens
+from octavo_kernels.ops import filter_thresholds as thresholds
+from octavo_kernels.ops.filter_thresholds import filter_thresholds
+from octavo_kernels.ops.filter_thresholds import reference as kept_tokens_reference
+from octavo_kernels.ops.sample_tokens import philox_reference, sample_rows, sample_rows_reference
+from octavo_kernels.ops.sampling_tensors import SamplingTensors, example_inputs
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -290,9 +285,10 @@ def test_rejects_other_parameters(change: dict[str, torch.Tensor]) -> None:
         sample_rows(torch.zeros(2, 10, device=DEVICE), sampling)
 
 
+@pytest.mark.parametrize("module", [sample_tokens, thresholds])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_has_launch_parameters(variant: str) -> None:
-    assert compile_examples(variant)
+def test_every_variant_has_launch_parameters(variant: str, module) -> None:
+    assert module.compile_examples(variant)
 
 
 class TestAtFullSize:

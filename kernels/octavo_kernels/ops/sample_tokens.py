@@ -5,9 +5,7 @@ one pass and without the sum. Scaling the noise rather than the logits leaves no
 0 is greedy by the same formula. The noise of a token is a hash of (seed, index, position, token), so a row draws the
 same token whatever else is in the batch and however the row is split.
 
-Filters become one number, the row's threshold: a token is kept if its logit is at least that. It is found by bisection
-over logits, exact because the bounds move from one logit of the row to another. Few logits take part: those of groups
-of 64 neighbours whose largest reaches a lower bound, and the bound is the same search over these largest alone.
+Filters are a threshold of the row's, see `filter_thresholds`.
 """
 # Triton's kernels: untyped arguments, constexprs in capitals.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -26,68 +24,25 @@ from octavo_kernels.ops.argmax import (
     argmax_rows_reference,
     check_logits,
     load_logits,
-    order_preserving,
     pack_keys,
     split_rows,
     tokens_of_best_keys,
 )
-
-# Neighbouring tokens with one largest logit and one sum. Part of what is computed, not of how: sums round by it.
-_GROUP_SIZE: Final = 64
+from octavo_kernels.ops.filter_thresholds import filter_thresholds
+from octavo_kernels.ops.filter_thresholds import reference as kept_tokens
+from octavo_kernels.ops.sampling_tensors import SamplingTensors, check_sampling
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """draw_block:      tokens that a program of the draw reads at a time
-    group_block:     groups that a program of the summary reads
-    threshold_block: groups that a row's search reads at a time
-    """
+    """block: tokens that a program reads at a time."""
 
-    draw_block: int
-    draw_warps: int
-    group_block: int
-    group_warps: int
-    threshold_block: int
-    threshold_warps: int
+    block: int = 1024
+    num_warps: int = 4
 
 
-# One setting for all: 8 or 16 values per thread to stream, and many threads for the search, one program per row.
-LAUNCH: Mapping[str, Launch] = dict.fromkeys(
-    VARIANTS,
-    Launch(draw_block=1024, draw_warps=4, group_block=32, group_warps=4, threshold_block=64, threshold_warps=16),
-)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SamplingTensors:
-    """What each row asks for, on the device of the logits; each [num_rows], contiguous.
-
-    temperatures: float32; 0 is greedy
-    top_k:        int32; 0 is off. 1 is greedy
-    top_p, min_p: float32; 1 and 0 are off
-    seeds:        int64, all 64 bits used
-    indices:      int32, which of the request's sequences
-    positions:    int32, of the token to draw
-    """
-
-    temperatures: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    seeds: torch.Tensor
-    indices: torch.Tensor
-    positions: torch.Tensor
-
-
-_DTYPES: Final = {
-    "temperatures": torch.float32,
-    "top_k": torch.int32,
-    "top_p": torch.float32,
-    "min_p": torch.float32,
-    "seeds": torch.int64,
-    "indices": torch.int32,
-    "positions": torch.int32,
-}
+# One setting for all: 8 values per thread to stream.
+LAUNCH: Mapping[str, Launch] = dict.fromkeys(VARIANTS, Launch())
 
 
 def sample_rows_reference(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
@@ -95,33 +50,8 @@ def sample_rows_reference(logits: torch.Tensor, sampling: SamplingTensors) -> to
     temperatures = sampling.temperatures.masked_fill(sampling.top_k == 1, 0)[:, None]
     noise = _gumbel_noise_reference(sampling, logits.shape[1])
     scores = torch.where(temperatures > 0, logits.float() + temperatures * noise, logits.float())
-    is_kept = kept_tokens_reference(logits, sampling) | (temperatures == 0)
+    is_kept = kept_tokens(logits, sampling) | (temperatures == 0)
     return argmax_rows_reference(scores.masked_fill(~is_kept, -torch.inf))
-
-
-def kept_tokens_reference(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
-    """Which tokens the filters of each random row keep, [num_rows, vocab_size] bool, by sorting in float64."""
-    vocab_size = logits.shape[1]
-    scores = logits.double().nan_to_num(-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf)
-    top_k = sampling.top_k.long()[:, None]
-    top_k = torch.where(top_k > 0, top_k, vocab_size)
-    ordered, tokens = scores.sort(dim=1, descending=True)
-    best = ordered[:, :1].clamp(min=torch.finfo(torch.float32).min)
-    relative = (ordered - best) / sampling.temperatures.double()[:, None].clamp(min=1e-6)
-    weights = relative.exp()
-    # Where the run of tokens starts that are as likely as this one: those before it are the likelier ones.
-    ranks = torch.arange(vocab_size, device=logits.device).expand_as(ordered)
-    starts_run = torch.ones_like(ordered, dtype=torch.bool)
-    starts_run[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    num_likelier = torch.where(starts_run, ranks, 0).cummax(dim=1).values
-    in_top_k = num_likelier < top_k
-    kept_weights = weights * in_top_k
-    before = (kept_weights.cumsum(dim=1) - kept_weights).gather(1, num_likelier)
-    top_p = sampling.top_p.double()[:, None]
-    in_top_p = (before < top_p * kept_weights.sum(dim=1, keepdim=True)) | (top_p >= 1)
-    in_min_p = relative >= sampling.min_p.double()[:, None].log()
-    is_kept = in_top_k & (num_likelier == 0) | in_top_k & in_top_p & in_min_p
-    return torch.zeros_like(is_kept).scatter_(1, tokens, is_kept)
 
 
 def _gumbel_noise_reference(sampling: SamplingTensors, vocab_size: int) -> torch.Tensor:
@@ -166,11 +96,11 @@ def sample_rows(logits: torch.Tensor, sampling: SamplingTensors, *, any_filters:
     Source: Gumbel-max, Maddison et al. (https://arxiv.org/abs/1411.0030).
     """
     check_logits(logits)
-    _check_sampling(logits, sampling)
+    check_sampling(logits, sampling)
     num_rows, vocab_size = logits.shape
     launch = LAUNCH[variant_of(logits.device)]
     thresholds = filter_thresholds(logits, sampling) if any_filters else None
-    num_splits, tiles_per_split = split_rows(num_rows, vocab_size, launch.draw_block)
+    num_splits, tiles_per_split = split_rows(num_rows, vocab_size, launch.block)
     keys = torch.empty((num_rows, num_splits), dtype=torch.int64, device=logits.device)
     if num_rows:
         _draw_kernel[num_rows, num_splits](
@@ -187,72 +117,11 @@ def sample_rows(logits: torch.Tensor, sampling: SamplingTensors, *, any_filters:
             tiles_per_split,
             HAS_THRESHOLDS=thresholds is not None,
             FAST_LOG=logits.is_cuda,
-            BLOCK=launch.draw_block,
-            num_warps=launch.draw_warps,
+            BLOCK=launch.block,
+            num_warps=launch.num_warps,
             num_stages=1,
         )
     return tokens_of_best_keys(keys)
-
-
-def filter_thresholds(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
-    """The least logit that each row's filters keep, [num_rows] float32; -inf for a row that is greedy or unfiltered.
-
-    Arguments as of `sample_rows`.
-    """
-    num_rows, vocab_size = logits.shape
-    launch = LAUNCH[variant_of(logits.device)]
-    num_groups = triton.cdiv(vocab_size, _GROUP_SIZE)
-    maxima = torch.empty((num_rows, num_groups), dtype=torch.float32, device=logits.device)
-    masses = torch.empty_like(maxima)
-    live_groups = torch.empty_like(maxima, dtype=torch.int32)
-    thresholds = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    if not num_rows:
-        return thresholds
-    _summary_kernel[num_rows, triton.cdiv(num_groups, launch.group_block)](
-        logits,
-        logits.stride(0),
-        maxima,
-        masses,
-        sampling.temperatures,
-        sampling.top_k,
-        sampling.top_p,
-        sampling.min_p,
-        vocab_size,
-        num_groups,
-        GROUP_SIZE=_GROUP_SIZE,
-        GROUP_BLOCK=launch.group_block,
-        num_warps=launch.group_warps,
-        num_stages=1,
-    )
-    _threshold_kernel[(num_rows,)](
-        logits,
-        logits.stride(0),
-        maxima,
-        masses,
-        live_groups,
-        sampling.temperatures,
-        sampling.top_k,
-        sampling.top_p,
-        sampling.min_p,
-        thresholds,
-        vocab_size,
-        num_groups,
-        NUM_GROUPS=triton.next_power_of_2(num_groups),
-        GROUP_SIZE=_GROUP_SIZE,
-        GROUP_BLOCK=launch.threshold_block,
-        num_warps=launch.threshold_warps,
-        num_stages=1,
-    )
-    return thresholds
-
-
-def _check_sampling(logits: torch.Tensor, sampling: SamplingTensors) -> None:
-    for name, dtype in _DTYPES.items():
-        tensor = getattr(sampling, name)
-        if tensor.shape != logits.shape[:1] or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name}: {tensor.dtype} {tuple(tensor.shape)}; expected contiguous {dtype} [{logits.shape[0]}]"
-            )
 
 
 @triton.jit
@@ -325,279 +194,10 @@ def _draw_kernel(
     tl.store(keys_ptr + row * tl.num_programs(1) + split, best_key)
 
 
-@triton.jit
-def _asks_for_filters(temperature, top_k, top_p, min_p):
-    return (temperature > 0) & (top_k != 1) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
-
-
-@triton.jit
-def _exponent_scale(temperature):
-    """exp(x / temperature) = exp2(x * scale). Below a millionth only the best has weight: no need to divide by 0."""
-    return 1.4426950408889634 / tl.maximum(temperature, 1e-6)
-
-
-@triton.jit
-def _summary_kernel(
-    logits_ptr,
-    row_stride,
-    maxima_ptr,
-    masses_ptr,
-    temperatures_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    vocab_size,
-    num_groups,
-    GROUP_SIZE: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-):
-    """Each group's largest logit, and its sum of exp((logit - largest) / temperature).
-
-    Grid: one program per (row, GROUP_BLOCK groups).
-    """
-    row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperatures_ptr + row)
-    asks = _asks_for_filters(temperature, tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row))
-    if asks:
-        groups = tl.program_id(1) * GROUP_BLOCK + tl.arange(0, GROUP_BLOCK)
-        tokens = groups[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # [GROUP_BLOCK, GROUP_SIZE]
-        values = load_logits(logits_ptr + row * row_stride + tokens, tokens < vocab_size)
-        maxima = tl.max(values, axis=1)  # [GROUP_BLOCK]
-        origins = tl.where(maxima == float("-inf"), 0.0, maxima)
-        weights = tl.exp2((values - origins[:, None]) * _exponent_scale(temperature))
-        is_group = groups < num_groups
-        tl.store(maxima_ptr + row * num_groups + groups, maxima, mask=is_group)
-        tl.store(masses_ptr + row * num_groups + groups, tl.sum(weights, axis=1), mask=is_group)
-
-
-@triton.jit
-def _load_groups(
-    values_ptr, groups_ptr, start, num_groups, num_values, GROUP_SIZE: tl.constexpr, GROUP_BLOCK: tl.constexpr
-):
-    """Values of the listed groups from entry `start` on, [GROUP_BLOCK, GROUP_SIZE]; -inf beyond either end."""
-    entries = start + tl.arange(0, GROUP_BLOCK)
-    groups = tl.load(groups_ptr + entries, mask=entries < num_groups, other=0)
-    offsets = groups[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
-    return load_logits(values_ptr + offsets, (entries < num_groups)[:, None] & (offsets < num_values))
-
-
-@triton.jit
-def _mass_from(
-    values_ptr,
-    groups_ptr,
-    num_groups,
-    num_values,
-    low,
-    best,
-    scale,
-    GROUP_SIZE: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-):
-    """Sum of exp2((value - best) * scale) over the values >= low in the listed groups."""
-    masses = tl.zeros([GROUP_BLOCK, GROUP_SIZE], tl.float32)
-    for start in range(0, num_groups, GROUP_BLOCK):
-        values = _load_groups(values_ptr, groups_ptr, start, num_groups, num_values, GROUP_SIZE, GROUP_BLOCK)
-        masses += tl.where(values >= low, tl.exp2((values - best) * scale), 0.0)
-    return tl.sum(tl.sum(masses, axis=1), axis=0)
-
-
-@triton.jit
-def _measure(
-    values_ptr,
-    groups_ptr,
-    num_groups,
-    num_values,
-    pivot,
-    best,
-    scale,
-    GROUP_SIZE: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-):
-    """Of the values in the listed groups: how many exceed the pivot, their weight, and the values next to the pivot.
-
-    Returns (count of values > pivot, sum of their exp2((value - best) * scale), largest value <= pivot, smallest value
-    > pivot); -inf or inf where there is none.
-    """
-    counts = tl.zeros([GROUP_BLOCK, GROUP_SIZE], tl.int32)
-    masses = tl.zeros([GROUP_BLOCK, GROUP_SIZE], tl.float32)
-    below = tl.full([GROUP_BLOCK, GROUP_SIZE], float("-inf"), tl.float32)
-    above = tl.full([GROUP_BLOCK, GROUP_SIZE], float("inf"), tl.float32)
-    for start in range(0, num_groups, GROUP_BLOCK):
-        values = _load_groups(values_ptr, groups_ptr, start, num_groups, num_values, GROUP_SIZE, GROUP_BLOCK)
-        is_above = values > pivot
-        counts += is_above.to(tl.int32)
-        masses += tl.where(is_above, tl.exp2((values - best) * scale), 0.0)
-        below = tl.maximum(below, tl.where(is_above, float("-inf"), values))
-        above = tl.minimum(above, tl.where(is_above, values, float("inf")))
-    return (
-        tl.sum(tl.sum(counts, axis=1), axis=0),
-        tl.sum(tl.sum(masses, axis=1), axis=0),
-        tl.max(tl.max(below, axis=1), axis=0),
-        tl.min(tl.min(above, axis=1), axis=0),
-    )
-
-
-@triton.jit
-def _search(
-    values_ptr,
-    groups_ptr,
-    num_groups,
-    num_values,
-    low,
-    best,
-    scale,
-    max_count,
-    max_mass,
-    GROUP_SIZE: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-):
-    """The least t >= low such that fewer than `max_count` values, of a weight less than `max_mass`, exceed t.
-
-    t is `low` or one of the values; `best`, the largest of them, always qualifies. `low` itself is tried first, then
-    the middle of what is left, by the floats' order as integers: at most 33 rounds, fewer the fewer values are left.
-    """
-    high = best
-    pivot = low
-    while low < high:
-        count, mass, below, above = _measure(
-            values_ptr, groups_ptr, num_groups, num_values, pivot, best, scale, GROUP_SIZE, GROUP_BLOCK
-        )
-        qualifies = (count < max_count) & (mass < max_mass)
-        high = tl.where(qualifies, below, high)
-        low = tl.where(qualifies, low, above)
-        low_key = order_preserving(low.to(tl.int32, bitcast=True))
-        high_key = order_preserving(high.to(tl.int32, bitcast=True))
-        middle = (low_key & high_key) + ((low_key ^ high_key) >> 1)  # the mean, rounded down, without overflow
-        pivot = order_preserving(middle).to(tl.float32, bitcast=True)
-    return tl.maximum(low, high)
-
-
-@triton.jit
-def _threshold_kernel(
-    logits_ptr,
-    row_stride,
-    maxima_ptr,
-    masses_ptr,
-    live_groups_ptr,
-    temperatures_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    thresholds_ptr,
-    vocab_size,
-    num_groups,
-    NUM_GROUPS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-):
-    """Grid: one program per row. Counts in int32, weights in float32, relative to the best token's.
-
-    Group maxima are some of the row's logits, so what exceeds t among them is at most what exceeds t in the row: a
-    threshold found on the maxima alone is a lower bound of the row's, and groups below it need not be read.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperatures_ptr + row)
-    top_k = tl.load(top_k_ptr + row)
-    top_p = tl.load(top_p_ptr + row)
-    min_p = tl.load(min_p_ptr + row)
-    threshold = float("-inf")
-    if _asks_for_filters(temperature, top_k, top_p, min_p):
-        row_ptr = logits_ptr + row * row_stride
-        maxima_ptr += row * num_groups
-        live_groups_ptr += row * num_groups
-        groups = tl.arange(0, NUM_GROUPS)
-        maxima = load_logits(maxima_ptr + groups, groups < num_groups)  # [NUM_GROUPS]
-        masses = tl.load(masses_ptr + row * num_groups + groups, mask=groups < num_groups, other=0.0)
-        best = tl.maximum(tl.max(maxima, axis=0), -3.4028234663852886e38)
-        scale = _exponent_scale(temperature)
-        total = tl.sum(masses * tl.exp2((maxima - best) * scale), axis=0)
-        floor = float("-inf")
-        if min_p > 0:
-            floor = best + temperature * tl.log(min_p)
-
-        # What top-p shares out is the weight of all that top-k keeps, so there the bound comes from top-k alone.
-        has_top_k = (top_k > 0) & (top_k < vocab_size)
-        max_count = tl.where(has_top_k, top_k, 0x7FFFFFFF)
-        max_mass = tl.where(top_p < 1, top_p * total, float("inf"))
-        tl.store(live_groups_ptr + groups, groups, mask=groups < num_groups)
-        tl.debug_barrier()
-        low = _search(
-            maxima_ptr,
-            live_groups_ptr,
-            tl.cdiv(num_groups, GROUP_SIZE),
-            num_groups,
-            tl.where(has_top_k, float("-inf"), floor),
-            best,
-            scale,
-            max_count,
-            tl.where(has_top_k, float("inf"), max_mass),
-            GROUP_SIZE,
-            GROUP_BLOCK,
-        )
-        is_live = (groups < num_groups) & (maxima >= low)
-        num_live = tl.sum(is_live.to(tl.int32), axis=0)
-        tl.debug_barrier()
-        tl.store(live_groups_ptr + tl.cumsum(is_live.to(tl.int32), axis=0) - 1, groups, mask=is_live)
-        tl.debug_barrier()
-        if has_top_k:
-            low = _search(
-                row_ptr,
-                live_groups_ptr,
-                num_live,
-                vocab_size,
-                low,
-                best,
-                scale,
-                max_count,
-                float("inf"),
-                GROUP_SIZE,
-                GROUP_BLOCK,
-            )
-            if top_p < 1:
-                max_mass = top_p * _mass_from(
-                    row_ptr, live_groups_ptr, num_live, vocab_size, low, best, scale, GROUP_SIZE, GROUP_BLOCK
-                )
-        threshold = _search(
-            row_ptr,
-            live_groups_ptr,
-            num_live,
-            vocab_size,
-            tl.maximum(low, floor),
-            best,
-            scale,
-            0x7FFFFFFF,
-            max_mass,
-            GROUP_SIZE,
-            GROUP_BLOCK,
-        )
-    tl.store(thresholds_ptr + row, threshold)
-
-
-def example_inputs(num_rows: int, vocab_size: int, *, device: str = "cpu") -> tuple[torch.Tensor, SamplingTensors]:
-    """Arguments of `sample_rows`: rows that are greedy, unfiltered, and filtered in each way, by turns."""
-    turns = torch.arange(num_rows, device=device) % 6
-    sampling = SamplingTensors(
-        temperatures=torch.where(turns == 0, 0.0, 0.8),
-        top_k=torch.where((turns == 2) | (turns == 5), 20, 0).int(),
-        top_p=torch.where((turns == 3) | (turns == 5), 0.95, 1.0),
-        min_p=torch.where(turns == 4, 0.05, 0.0),
-        seeds=torch.randint(-(2**63), 2**63 - 1, (num_rows,), device=device),
-        indices=torch.zeros(num_rows, dtype=torch.int32, device=device),
-        positions=torch.randint(1, 4096, (num_rows,), dtype=torch.int32, device=device),
-    )
-    return torch.randn(num_rows, vocab_size, device=device) * 3, sampling
-
-
 _POINTERS: Final = {
-    "logits_ptr": "*fp32",
     "keys_ptr": "*i64",
-    "maxima_ptr": "*fp32",
-    "masses_ptr": "*fp32",
-    "live_groups_ptr": "*i32",
     "temperatures_ptr": "*fp32",
     "top_k_ptr": "*i32",
-    "top_p_ptr": "*fp32",
-    "min_p_ptr": "*fp32",
     "thresholds_ptr": "*fp32",
     "seeds_ptr": "*i64",
     "indices_ptr": "*i32",
@@ -606,39 +206,21 @@ _POINTERS: Final = {
 
 
 def compile_examples(variant: str) -> list[CompileExample]:
-    """The kernels as a vocabulary of 128256 launches them, float32 and bfloat16."""
+    """The draw with and without filters, of float32 and bfloat16."""
     launch = LAUNCH[variant]
-    draw: dict[str, object] = {"FAST_LOG": True, "BLOCK": launch.draw_block}
-    kernels = (
-        ("draw", _draw_kernel, draw | {"HAS_THRESHOLDS": True}, launch.draw_warps),
-        ("draw unfiltered", _draw_kernel, draw | {"HAS_THRESHOLDS": False}, launch.draw_warps),
-        (
-            "summary",
-            _summary_kernel,
-            {"GROUP_SIZE": _GROUP_SIZE, "GROUP_BLOCK": launch.group_block},
-            launch.group_warps,
-        ),
-        (
-            "threshold",
-            _threshold_kernel,
-            {"NUM_GROUPS": 2048, "GROUP_SIZE": _GROUP_SIZE, "GROUP_BLOCK": launch.threshold_block},
-            launch.threshold_warps,
-        ),
-    )
     return [
         CompileExample(
-            name=f"sample_rows {name} {dtype}",
-            function=function,
+            name=f"sample_rows {'filtered' if has_thresholds else 'unfiltered'} {dtype}",
+            function=_draw_kernel,
             signature={
-                argument: _POINTERS.get(argument, "i32")
-                for argument in function.arg_names
-                if argument not in constexprs
-            }
-            | {"logits_ptr": f"*{dtype}"},
-            constexprs=constexprs,
-            num_warps=num_warps,
+                argument: f"*{dtype}" if argument == "logits_ptr" else _POINTERS.get(argument, "i32")
+                for argument in _draw_kernel.arg_names
+                if not argument.isupper()
+            },
+            constexprs={"HAS_THRESHOLDS": has_thresholds, "FAST_LOG": True, "BLOCK": launch.block},
+            num_warps=launch.num_warps,
             num_stages=1,
         )
-        for name, function, constexprs, num_warps in kernels
+        for has_thresholds in (True, False)
         for dtype in ("fp32", "bf16")
     ]
