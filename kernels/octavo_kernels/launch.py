@@ -76,6 +76,16 @@ def variant_of(device: torch.device) -> str:
     return match.hardware.kernel_variant
 
 
+def cdiv(numerator: int, denominator: int) -> int:
+    """Rounded up. Triton's own takes microseconds to find out that it is not being compiled, as does the next one."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least that is not below `number`, which is at least 1."""
+    return 1 << (number - 1).bit_length()
+
+
 @dataclass(frozen=True, slots=True)
 class CompileExample:
     """A kernel with the types of one real launch: all that compiling it takes, without tensors.

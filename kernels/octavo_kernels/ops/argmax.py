@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import VARIANTS, CompileExample, variant_of
+from octavo_kernels.launch import VARIANTS, CompileExample, cdiv, variant_of
 from octavo_kernels.pdl import PDL_VARIANTS, begin, pdl_options
 
 # Programs of a launch that keep every GPU busy, several waves of them so that the last, partial one costs little.
@@ -84,9 +84,9 @@ def check_logits(logits: torch.Tensor) -> None:
 
 def split_rows(num_rows: int, vocab_size: int, block_size: int) -> tuple[int, int]:
     """(num_splits, tiles_per_split) of each row: many for few rows, never less than a tile of `block_size` tokens."""
-    num_tiles = triton.cdiv(vocab_size, block_size)
-    tiles_per_split = triton.cdiv(num_tiles, triton.cdiv(_NUM_PROGRAMS, max(num_rows, 1)))
-    return triton.cdiv(num_tiles, tiles_per_split), tiles_per_split
+    num_tiles = cdiv(vocab_size, block_size)
+    tiles_per_split = cdiv(num_tiles, cdiv(_NUM_PROGRAMS, max(num_rows, 1)))
+    return cdiv(num_tiles, tiles_per_split), tiles_per_split
 
 
 def tokens_of_best_keys(keys: torch.Tensor) -> torch.Tensor:

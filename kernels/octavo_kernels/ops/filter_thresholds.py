@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import VARIANTS, CompileExample, variant_of
+from octavo_kernels.launch import VARIANTS, CompileExample, cdiv, next_power_of_2, variant_of
 from octavo_kernels.ops.argmax import load_logits, order_preserving
 from octavo_kernels.ops.sampling_tensors import SamplingTensors
 
@@ -73,14 +73,14 @@ def filter_thresholds(logits: torch.Tensor, sampling: SamplingTensors) -> torch.
     """
     num_rows, vocab_size = logits.shape
     launch = LAUNCH[variant_of(logits.device)]
-    num_groups = triton.cdiv(vocab_size, _GROUP_SIZE)
+    num_groups = cdiv(vocab_size, _GROUP_SIZE)
     maxima = torch.empty((num_rows, num_groups), dtype=torch.float32, device=logits.device)
     masses = torch.empty_like(maxima)
     live_groups = torch.empty_like(maxima, dtype=torch.int32)
     thresholds = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     if not num_rows:
         return thresholds
-    _summary_kernel[num_rows, triton.cdiv(num_groups, launch.group_block)](
+    _summary_kernel[num_rows, cdiv(num_groups, launch.group_block)](
         logits,
         logits.stride(0),
         maxima,
@@ -109,7 +109,7 @@ def filter_thresholds(logits: torch.Tensor, sampling: SamplingTensors) -> torch.
         thresholds,
         vocab_size,
         num_groups,
-        NUM_GROUPS=triton.next_power_of_2(num_groups),
+        NUM_GROUPS=next_power_of_2(num_groups),
         GROUP_SIZE=_GROUP_SIZE,
         GROUP_BLOCK=launch.threshold_block,
         num_warps=launch.threshold_warps,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import VARIANTS, CompileExample, runs_triton, variant_of
+from octavo_kernels.launch import VARIANTS, CompileExample, cdiv, runs_triton, variant_of
 from octavo_kernels.ops.silu_and_mul import Launch, check_gate_up
 
 Approximate = Literal["none", "tanh"]
@@ -95,7 +95,7 @@ def gelu_and_mul_triton(gate_up: torch.Tensor, approximate: Approximate) -> torc
 def _launch(rows: torch.Tensor, size: int, approximate: Approximate, *, gated: bool) -> torch.Tensor:
     launch = LAUNCH[variant_of(rows.device)]
     output = rows.new_empty(len(rows), size)
-    _gelu_kernel[(len(rows), triton.cdiv(size, launch.block))](
+    _gelu_kernel[(len(rows), cdiv(size, launch.block))](
         output, rows, rows.stride(0),
         SIZE=size, TANH=approximate == "tanh", GATED=gated, BLOCK=launch.block,
         num_warps=launch.num_warps, num_stages=1,

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import VARIANTS, CompileExample
+from octavo_kernels.launch import VARIANTS, CompileExample, cdiv
 from octavo_kernels.pdl import PDL_VARIANTS, launch_next, pdl_options, wait_for_previous
 
 MAX_TOKENS = 4
@@ -162,7 +162,7 @@ def gemv(
     check_linear_arguments(hidden, weight, bias, MAX_TOKENS, is_gated=is_gated)
     (num_tokens, in_features), out_features = hidden.shape, weight.shape[0]
     output = hidden.new_empty(num_tokens, out_features // 2 if is_gated else out_features)
-    _gemv_kernel[(triton.cdiv(out_features, launch.block_n),)](
+    _gemv_kernel[(cdiv(out_features, launch.block_n),)](
         output,
         hidden,
         weight,

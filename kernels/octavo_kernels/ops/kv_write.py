@@ -9,7 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import FLOAT8_VARIANTS, VARIANTS, CompileExample, runs_triton, variant_of
+from octavo_kernels.launch import (
+    FLOAT8_VARIANTS,
+    VARIANTS,
+    CompileExample,
+    cdiv,
+    next_power_of_2,
+    runs_triton,
+    variant_of,
+)
 from octavo_kernels.native import kernels_for
 
 # The largest number of float8_e4m3fn, the one type of cache whose values are divided by a scale and clamped.
@@ -190,12 +198,12 @@ def write_kv_triton(
         raise ValueError(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ, or their heads are strided")
     check_cache(kv_cache_layer, slot_mapping, num_tokens, num_heads, head_dim)
     launch = LAUNCH[variant_of(key.device)]
-    block_heads = min(launch.block_heads, triton.next_power_of_2(num_heads))
-    _write_kv_kernel[(num_tokens, triton.cdiv(num_heads, block_heads))](
+    block_heads = min(launch.block_heads, next_power_of_2(num_heads))
+    _write_kv_kernel[(num_tokens, cdiv(num_heads, block_heads))](
         key, value, kv_cache_layer, slot_mapping, k_scale, v_scale,
         *key.stride()[:2], *value.stride()[:2], *kv_cache_layer.stride()[:4],
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_SIZE=kv_cache_layer.shape[2],
-        BLOCK_HEADS=block_heads, BLOCK_DIM=triton.next_power_of_2(head_dim),
+        BLOCK_HEADS=block_heads, BLOCK_DIM=next_power_of_2(head_dim),
         num_warps=launch.num_warps, num_stages=1,
     )  # fmt: skip
 
@@ -249,8 +257,8 @@ def _compile_example(variant: str, num_heads: int, head_dim: int, cache_type: st
             "NUM_HEADS": num_heads,
             "HEAD_DIM": head_dim,
             "BLOCK_SIZE": 16,
-            "BLOCK_HEADS": min(launch.block_heads, triton.next_power_of_2(num_heads)),
-            "BLOCK_DIM": triton.next_power_of_2(head_dim),
+            "BLOCK_HEADS": min(launch.block_heads, next_power_of_2(num_heads)),
+            "BLOCK_DIM": next_power_of_2(head_dim),
         },
         num_warps=launch.num_warps,
         num_stages=1,

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import CompileExample, variant_of
+from octavo_kernels.launch import CompileExample, cdiv, next_power_of_2, variant_of
 from octavo_kernels.ops.attention_metadata import AttentionMetadata, Scoring
 from octavo_kernels.ops.paged_tile import (
     argument_types,
@@ -137,9 +137,9 @@ def plan_decodes(
         tile=tile_tokens(kv_cache_layer.shape[4], kv_cache_layer.dtype, launch.tile_bytes),
         launch=launch,
     )
-    block_seqs = triton.next_power_of_2(max(num_decodes, 32))
+    block_seqs = next_power_of_2(max(num_decodes, 32))
     block_workers = min(PLANNED_WORKERS, max(1, PLANNED_ELEMENTS // block_seqs))
-    _plan_decodes_kernel[(triton.cdiv(num_workers, block_workers),)](
+    _plan_decodes_kernel[(cdiv(num_workers, block_workers),)](
         plan.tile_starts, plan.first_seqs, plan.arrivals, plan.seq_lens,
         num_decodes, num_workers, num_kv_heads, plan.window, launch.min_tiles,
         TILE=plan.tile, BLOCK_SEQS=block_seqs, BLOCK_WORKERS=block_workers, num_warps=4, num_stages=1,
@@ -183,15 +183,16 @@ def run_decodes(
     )  # fmt: skip
 
 
+@functools.cache
 def _constexprs(group_size: int, head_dim: int, block_size: int, tile: int, launch: Launch) -> dict[str, object]:
-    block_group = min(triton.next_power_of_2(group_size * head_dim), launch.combined_elements // MIN_COMBINED_PARTS)
+    block_group = min(next_power_of_2(group_size * head_dim), launch.combined_elements // MIN_COMBINED_PARTS)
     return {
         "GROUP_SIZE": group_size,
         "HEAD_DIM": head_dim,
         "BLOCK_SIZE": block_size,
         "TILE": tile,
-        "BLOCK_M": max(16, triton.next_power_of_2(group_size)),
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_M": max(16, next_power_of_2(group_size)),
+        "BLOCK_D": max(16, next_power_of_2(head_dim)),
         "BLOCK_GROUP": block_group,
         "BLOCK_PARTS": launch.combined_elements // block_group,
         "HOLDS_NEXT_QUERY": launch.holds_next_query,

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import CompileExample, variant_of
+from octavo_kernels.launch import CompileExample, cdiv, next_power_of_2, variant_of
 from octavo_kernels.ops.attention_metadata import AttentionMetadata, Scoring
 from octavo_kernels.ops.paged_tile import (
     argument_types,
@@ -168,9 +168,9 @@ def _launch_float32(launch: Launch) -> Launch:
 
 def _plan_tiles(starts: torch.Tensor, ends: torch.Tensor, num_tiles: int, tokens_per_tile: int) -> QueryTiles:
     seqs, indices = torch.empty(2, num_tiles, dtype=torch.int32, device=starts.device)
-    block_seqs = triton.next_power_of_2(max(len(starts), 32))
+    block_seqs = next_power_of_2(max(len(starts), 32))
     block_tiles = min(PLANNED_TILES, max(1, PLANNED_ELEMENTS // block_seqs))
-    _plan_chunks_kernel[(triton.cdiv(num_tiles, block_tiles),)](
+    _plan_chunks_kernel[(cdiv(num_tiles, block_tiles),)](
         seqs, indices, starts, ends, len(starts), num_tiles, tokens_per_tile,
         BLOCK_SEQS=block_seqs, BLOCK_TILES=block_tiles, num_warps=4, num_stages=1,
     )  # fmt: skip
@@ -207,7 +207,7 @@ def run_chunks(
 
 def _rows(plan: ChunkPlan, group_size: int, head_dim: int) -> tuple[int, int]:
     """(BLOCK_M, warps): the smallest tile of queries that holds the longest chunk, or else the device's own."""
-    at_least = triton.next_power_of_2(group_size)
+    at_least = next_power_of_2(group_size)
     needed = plan.max_query_len * group_size
     if needed <= SHORT_ROWS:
         return SHORT_ROWS, plan.launch.short_warps
@@ -216,6 +216,7 @@ def _rows(plan: ChunkPlan, group_size: int, head_dim: int) -> tuple[int, int]:
     return max(plan.launch.block_m, at_least), plan.launch.num_warps
 
 
+@functools.cache
 def _constexprs(group_size: int, head_dim: int, block_size: int, tile: int, block_m: int) -> dict[str, object]:
     return {
         "GROUP_SIZE": group_size,
@@ -223,7 +224,7 @@ def _constexprs(group_size: int, head_dim: int, block_size: int, tile: int, bloc
         "BLOCK_SIZE": block_size,
         "TILE": tile,
         "BLOCK_M": block_m,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": max(16, next_power_of_2(head_dim)),
     }
 
 

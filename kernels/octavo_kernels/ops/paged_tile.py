@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from octavo_kernels.hardware import GENERIC, HARDWARE
+from octavo_kernels.launch import next_power_of_2
 from octavo_kernels.ops.attention_metadata import Scoring
 
 LOG2_E = 1.4426950408889634
@@ -26,7 +27,7 @@ QUERY_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 def tile_tokens(head_dim: int, cache_dtype: torch.dtype, tile_bytes: int) -> int:
     """Tokens of a tile whose keys of one head take about `tile_bytes`, 8-bit ones once widened; a power of two."""
-    bytes_per_token: int = triton.next_power_of_2(head_dim) * max(cache_dtype.itemsize, 2)
+    bytes_per_token: int = next_power_of_2(head_dim) * max(cache_dtype.itemsize, 2)
     return min(max(tile_bytes // bytes_per_token, MIN_TILE), MAX_TILE)
 
 

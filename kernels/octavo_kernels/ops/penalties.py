@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import VARIANTS, CompileExample, variant_of
+from octavo_kernels.launch import VARIANTS, CompileExample, cdiv, variant_of
 from octavo_kernels.ops.argmax import check_logits
 
 _WORD_BITS: Final = 32
@@ -47,7 +47,7 @@ class TokenTables:
 
 def allocate_tables(num_slots: int, vocab_size: int, device: torch.device) -> TokenTables:
     """Tables of empty slots."""
-    num_words = triton.cdiv(vocab_size, _WORD_BITS)
+    num_words = cdiv(vocab_size, _WORD_BITS)
     return TokenTables(
         torch.zeros((num_slots, num_words), dtype=torch.int32, device=device),
         torch.zeros((num_slots, vocab_size), dtype=torch.int32, device=device),
@@ -92,7 +92,7 @@ def add_output_tokens(tables: TokenTables, slots: torch.Tensor, token_ids: torch
     launch = LAUNCH[variant_of(token_ids.device)]
     num_tokens = len(token_ids)
     if num_tokens:
-        _count_kernel[(triton.cdiv(num_tokens, launch.block_size),)](
+        _count_kernel[(cdiv(num_tokens, launch.block_size),)](
             tables.output_counts,
             tables.output_counts.stride(0),
             slots,
@@ -154,7 +154,7 @@ def apply_penalties_(
         _check(name, tensor, torch.float32, (num_rows,))
     launch = LAUNCH[variant_of(logits.device)]
     if num_rows:
-        _penalise_kernel[num_rows, triton.cdiv(vocab_size, launch.block_size)](
+        _penalise_kernel[num_rows, cdiv(vocab_size, launch.block_size)](
             logits,
             logits.stride(0),
             tables.prompt_mask,
@@ -204,7 +204,7 @@ def _launch_bias(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tens
     _check("token_ids", token_ids, torch.int32, (num_entries,))
     launch = LAUNCH[variant_of(logits.device)]
     if num_entries:
-        _bias_kernel[(triton.cdiv(num_entries, launch.block_size),)](
+        _bias_kernel[(cdiv(num_entries, launch.block_size),)](
             logits,
             logits.stride(0),
             rows,

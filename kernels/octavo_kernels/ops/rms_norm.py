@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import VARIANTS, CompileExample, runs_triton, variant_of
+from octavo_kernels.launch import VARIANTS, CompileExample, next_power_of_2, runs_triton, variant_of
 from octavo_kernels.native import kernels_for
 from octavo_kernels.pdl import PDL_VARIANTS, launch_next, pdl_options, wait_for_previous
 
@@ -106,7 +106,7 @@ def _launch(hidden: torch.Tensor, residual: torch.Tensor | None, weight: torch.T
     check_norm_arguments(hidden, residual, weight)
     num_rows, hidden_size = hidden.shape
     output = hidden.new_empty(num_rows, hidden_size)
-    block = triton.next_power_of_2(hidden_size)
+    block = next_power_of_2(hidden_size)
     summand = hidden if residual is None else residual
     _rms_norm_kernel[(num_rows,)](
         output, hidden, summand, weight,
@@ -150,7 +150,7 @@ def compile_examples(variant: str) -> list[CompileExample]:
 
 
 def _compile_example(variant: str, hidden_size: int, *, add: bool) -> CompileExample:
-    block = triton.next_power_of_2(hidden_size)
+    block = next_power_of_2(hidden_size)
     pointers = dict.fromkeys(("output_ptr", "hidden_ptr", "residual_ptr", "weight_ptr"), "*bf16")
     return CompileExample(
         name=f"{'add_' if add else ''}rms_norm hidden_size={hidden_size}",

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import VARIANTS, CompileExample, runs_triton, variant_of
+from octavo_kernels.launch import VARIANTS, CompileExample, next_power_of_2, runs_triton, variant_of
 from octavo_kernels.native import kernels_for
 from octavo_kernels.pdl import PDL_VARIANTS, begin, pdl_options
 
@@ -182,7 +182,7 @@ def rotary_cos_sin_triton(
     sin = torch.empty_like(cos)
     _rotary_cos_sin_kernel[(num_tokens,)](
         cos, sin, positions, frequencies, factor,
-        NUM_PAIRS=num_pairs, BLOCK=triton.next_power_of_2(num_pairs),
+        NUM_PAIRS=num_pairs, BLOCK=next_power_of_2(num_pairs),
         num_warps=LAUNCH[variant_of(positions.device)].num_warps, num_stages=1, **pdl_options(positions.device),
     )  # fmt: skip
     return cos, sin
@@ -251,7 +251,7 @@ def compile_examples(variant: str) -> list[CompileExample]:
             signature=pointers | {"factor": "fp32"},
             constexprs={
                 "NUM_PAIRS": rotary_dim // 2,
-                "BLOCK": triton.next_power_of_2(rotary_dim // 2),
+                "BLOCK": next_power_of_2(rotary_dim // 2),
                 "USE_PDL": variant in PDL_VARIANTS,
             },
             num_warps=LAUNCH[variant].num_warps,

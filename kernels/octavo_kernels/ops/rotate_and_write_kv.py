@@ -6,6 +6,7 @@ the paged KV cache.
 # Triton's kernels: untyped arguments, constexprs in capitals.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import FLOAT8_VARIANTS, VARIANTS, CompileExample, runs_triton, variant_of
+from octavo_kernels.launch import (
+    FLOAT8_VARIANTS,
+    VARIANTS,
+    CompileExample,
+    cdiv,
+    next_power_of_2,
+    runs_triton,
+    variant_of,
+)
 from octavo_kernels.ops.kv_write import CACHE_STRIDES, KvRows, cached, check_cache, write_kv_rows
 from octavo_kernels.ops.rms_norm import rms_norm
 from octavo_kernels.ops.rotary import RopeScaling, apply_rotary_, rotary_cos_sin, rotary_frequencies
@@ -180,7 +189,7 @@ def rotate_and_write_kv_triton(
     num_tokens, _, head_dim = heads.shape
     check_cache(kv_cache_layer, slot_mapping, num_tokens, num_kv_heads, head_dim)
     launch = LAUNCH[variant_of(heads.device)]
-    grid = (num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, launch.block_heads))
+    grid = (num_tokens, cdiv(num_heads + 2 * num_kv_heads, launch.block_heads))
     _rotate_and_write_kv_kernel[grid](
         heads, _or(cos, heads), _or(sin, heads), _or(q_norm_weight, heads), _or(k_norm_weight, heads),
         kv_cache_layer, slot_mapping, eps, k_scale, v_scale, *kv_cache_layer.stride()[:4],
@@ -196,6 +205,7 @@ def _or(tensor: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
     return stand_in if tensor is None else tensor
 
 
+@functools.cache
 def _split_head(head_dim: int, rotary_dim: int) -> dict[str, int]:
     """The constexprs that say which dimensions of a head form pairs."""
     num_pairs, num_rest = rotary_dim // 2, head_dim - rotary_dim
@@ -203,8 +213,8 @@ def _split_head(head_dim: int, rotary_dim: int) -> dict[str, int]:
         "HEAD_DIM": head_dim,
         "NUM_PAIRS": num_pairs,
         "NUM_REST": num_rest,
-        "BLOCK_PAIRS": triton.next_power_of_2(num_pairs),
-        "BLOCK_REST": triton.next_power_of_2(num_rest) if num_rest else 1,
+        "BLOCK_PAIRS": next_power_of_2(num_pairs),
+        "BLOCK_REST": next_power_of_2(num_rest) if num_rest else 1,
     }
 
 

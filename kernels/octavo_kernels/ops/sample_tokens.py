@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-from octavo_kernels.launch import VARIANTS, CompileExample, variant_of
+from octavo_kernels.launch import VARIANTS, CompileExample, cdiv, variant_of
 from octavo_kernels.ops.argmax import (
     argmax_rows_reference,
     check_logits,
@@ -56,7 +56,7 @@ def sample_rows_reference(logits: torch.Tensor, sampling: SamplingTensors) -> to
 
 def _gumbel_noise_reference(sampling: SamplingTensors, vocab_size: int) -> torch.Tensor:
     """[num_rows, vocab_size] float32: word `token % 4` of Philox at counter (token // 4, position, index, 0)."""
-    quads = torch.arange(triton.cdiv(vocab_size, 4), device=sampling.seeds.device)
+    quads = torch.arange(cdiv(vocab_size, 4), device=sampling.seeds.device)
     words = philox_reference(
         sampling.seeds[:, None], quads[None], sampling.positions.long()[:, None], sampling.indices.long()[:, None]
     )  # [num_rows, num_quads, 4]

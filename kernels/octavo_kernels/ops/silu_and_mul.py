@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import VARIANTS, CompileExample, runs_triton, variant_of
+from octavo_kernels.launch import VARIANTS, CompileExample, cdiv, runs_triton, variant_of
 from octavo_kernels.native import kernels_for
 from octavo_kernels.pdl import PDL_VARIANTS, begin, pdl_options
 
@@ -67,7 +67,7 @@ def silu_and_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
     num_rows, size = check_gate_up(gate_up)
     launch = LAUNCH[variant_of(gate_up.device)]
     output = gate_up.new_empty(num_rows, size)
-    _silu_and_mul_kernel[(num_rows, triton.cdiv(size, launch.block))](
+    _silu_and_mul_kernel[(num_rows, cdiv(size, launch.block))](
         output, gate_up, gate_up.stride(0),
         SIZE=size, BLOCK=launch.block, num_warps=launch.num_warps, num_stages=1, **pdl_options(gate_up.device),
     )  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import VARIANTS, CompileExample
+from octavo_kernels.launch import VARIANTS, CompileExample, cdiv, next_power_of_2
 from octavo_kernels.ops.gemv import check_linear_arguments, silu_times, weight_rows
 from octavo_kernels.pdl import PDL_VARIANTS, launch_next, pdl_options, prefetch_l2, wait_for_previous
 
@@ -183,8 +183,8 @@ def small_m_linear(
     """
     check_linear_arguments(hidden, weight, bias, MAX_TOKENS, is_gated=is_gated)
     (num_tokens, in_features), out_features = hidden.shape, weight.shape[0]
-    num_tiles = triton.cdiv(out_features, launch.block_n)
-    block_m = max(_MIN_BLOCK_M, triton.next_power_of_2(num_tokens))
+    num_tiles = cdiv(out_features, launch.block_n)
+    block_m = max(_MIN_BLOCK_M, next_power_of_2(num_tokens))
     output = hidden.new_empty(num_tokens, out_features // 2 if is_gated else out_features)
     partials = output
     if launch.num_splits > 1:

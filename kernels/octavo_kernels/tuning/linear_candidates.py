@@ -8,8 +8,8 @@ from functools import partial
 from typing import Final
 
 import torch
-import triton
 
+from octavo_kernels.launch import cdiv, next_power_of_2
 from octavo_kernels.linear_choice import LinearShape
 from octavo_kernels.ops import cublaslt_linear, gemv, small_m_linear
 
@@ -65,7 +65,7 @@ def compile_key(shape: LinearShape, num_tokens: int, launch: OwnLaunch) -> tuple
     if isinstance(launch, gemv.Launch):
         return launch, shape.is_gated, num_tokens, shape.in_features % launch.block_k == 0
     is_even = shape.in_features % (launch.block_k * launch.num_splits) == 0
-    return launch, shape.is_gated, max(16, triton.next_power_of_2(num_tokens)), is_even
+    return launch, shape.is_gated, max(16, next_power_of_2(num_tokens)), is_even
 
 
 def describe(launch: AnyLaunch) -> str:
@@ -80,10 +80,10 @@ def describe(launch: AnyLaunch) -> str:
 def _dot_launches(shape: LinearShape, num_tokens: int, num_multiprocessors: int) -> Iterator[small_m_linear.Launch]:
     """Each tile with the two numbers of splits that come nearest to two programs for each multiprocessor."""
     for tile in _DOT_TILES:
-        block_m = max(16, triton.next_power_of_2(num_tokens))
+        block_m = max(16, next_power_of_2(num_tokens))
         if tile.num_stages * tile.block_k * (tile.block_n + block_m) * _DTYPE_BYTES > _SHARED_MEMORY:
             continue
-        num_tiles = triton.cdiv(shape.out_features, tile.block_n)
+        num_tiles = cdiv(shape.out_features, tile.block_n)
         possible = [n for n in _NUM_SPLITS if shape.in_features >= 4 * tile.block_k * n]
         wanted = 2 * num_multiprocessors / num_tiles
         yield from (replace(tile, num_splits=n) for n in heapq.nsmallest(2, possible, key=partial(_distance, wanted)))
