@@ -128,6 +128,7 @@ def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None], seat: S
     )
     if seat is None or seat.rank == 0:
         _log_plan(config, device, dtype, capacity)
+    on_phase(EnginePhase("loading"))
     loaded = load_model(
         files,
         geometry,

@@ -119,6 +119,10 @@ class Controller:
     def _end(self) -> None:
         """Cancel everything; what does not let itself be cancelled ends with the process, which holds nothing."""
         assert self._life is not None
+        # Kopf's tasks have tasks of their own, which nobody asks how they ended once their connections are closed.
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _loop, context: logger.debug("while ending: %s", context["message"])
+        )
         self._life.cancel()
         last_resort = threading.Timer(_LONGEST_END_S, os._exit, [0])
         last_resort.daemon = True

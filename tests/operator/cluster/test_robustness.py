@@ -290,6 +290,23 @@ class Cable:
                 data = source.recv(65536)
 
 
+def test_ends_without_a_traceback_wherever_its_start_is(crd: str, control_plane: ControlPlane, tmp_path: Path) -> None:
+    """Eight times, as what is under way changes from one hundredth of a second to the next."""
+    for attempt in range(8):
+        cable = Cable(control_plane.server)
+        kubeconfig = tmp_path / f"kubeconfig-{attempt}"
+        kubeconfig.write_text(
+            control_plane.kubeconfig.read_text().replace(control_plane.server, f"https://127.0.0.1:{cable.port}")
+        )
+        operator = OperatorProcess(kubeconfig, tmp_path / f"log-{attempt}", "--no-leader-election")
+        with contextlib.closing(cable), contextlib.closing(operator.start()):
+            eventually(lambda operator=operator: operator.probe("/healthz") == 200, "the operator is alive")
+            time.sleep(0.06 + 0.015 * attempt)
+            cable.freeze()
+            assert operator.stop(timeout_s=10) == 0
+        assert "Traceback" not in operator.log.read_text()
+
+
 def test_ends_while_passes_hang_the_queue_is_full_and_the_api_server_is_silent(
     crd: str, control_plane: ControlPlane, objects: ApiObjects, namespace: str, tmp_path: Path
 ) -> None:
