@@ -63,19 +63,29 @@ class EngineCore:
         self._roofline_ratio = 0.0
         self._host_s = self._round_s = 0.0  # running means: the host's time for a step, the device's for one round
         self._busy_since_s = 0.0  # when the last step returned, if there was more to do
-
-        def on_captured(fraction: float) -> None:
-            loaded = self._started.under_way.progress
-            on_phase(EnginePhase("loading", loaded) if loaded < 1 else EnginePhase("warming_up", fraction))
-
-        on_captured(0.0)
-        with self._started.under_way:
-            self._runner = Runner(self._started, on_captured)
-        self._started.finish_loading(lambda fraction, text: on_phase(EnginePhase("loading", fraction, text)))
-        on_phase(EnginePhase("warming_up", 1.0))
+        self._runner = self._make_runner(on_phase)
         self._num_ahead = 1 if self._runner.is_asynchronous else 0
         self._warm_up()
         on_phase(EnginePhase("ready", 1.0))
+
+    def _make_runner(self, on_phase: Callable[[EnginePhase], None]) -> Runner:
+        """Capture graphs while the weights arrive, then wait for those."""
+        weights = self._started.under_way
+
+        def on_captured(fraction: float) -> None:
+            loaded = weights.progress
+            on_phase(EnginePhase("loading", loaded) if loaded < 1 else EnginePhase("warming_up", fraction))
+
+        def on_loaded(fraction: float, text: str) -> None:
+            if fraction < 1:
+                on_phase(EnginePhase("loading", fraction, text))
+
+        on_captured(0.0)
+        with weights:
+            runner = Runner(self._started, on_captured)
+        self._started.finish_loading(on_loaded)
+        on_phase(EnginePhase("warming_up", 1.0))
+        return runner
 
     def ready(self) -> EngineReady:
         """What the front end is told once, when requests can be answered."""

@@ -60,12 +60,9 @@ class Uploader:
         return num_done / (sum(item.num_bytes for item in self._tasks.values()) or 1) if self._tasks else 1.0
 
     def wait(self, on_progress: ProgressCallback) -> None:
-        """Return when everything is there. Raises what one of the fillings raised."""
+        """Return when everything is there, each told of once. Raises what one of the fillings raised."""
         try:
-            pending = [task for task in self._tasks if not task.done()]
-            for task in self._tasks.keys() - set(pending):
-                task.result()
-            for task in as_completed(pending):
+            for task in as_completed(self._tasks):
                 task.result()
                 on_progress(self.progress, self._tasks[task].name)
         finally:
