@@ -143,7 +143,7 @@ def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None], seat: S
     )
     with loaded.under_way:
         if ranks:
-            ranks.tell_all("allocated", "")
+            ranks.tell_all("allocated", "")  # graphs are captured by all of them together
         if ranks and ranks.pipeline:  # the plan is that of the fullest stage
             num_layers = len(ranks.pipeline.layers(geometry.num_layers))
             part = replace(part, num_layers=num_layers, num_full_layers=min(part.num_full_layers, num_layers))

@@ -6,7 +6,7 @@ is a bug. This module knows no op.
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -102,6 +102,11 @@ class CompileExample:
     constexprs: Mapping[str, object]
     num_warps: int
     num_stages: int
+
+
+def signature_of(function: Any, pointers: Mapping[str, str], constexprs: Collection[str]) -> dict[str, str]:
+    """`CompileExample.signature` of a kernel by its arguments' names: those that are no pointers are int32."""
+    return {name: pointers.get(name, "i32") for name in function.arg_names if name not in constexprs}
 
 
 def compile_example(example: CompileExample, capability: int) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from engine.devices import GPU_MARKS
 from octavo_engine.config import EngineConfig
 from octavo_engine.core import EngineCore
 from octavo_engine.loading.tokenizer import load_tokenizer
@@ -41,11 +42,10 @@ TEXTS = [
 ]
 
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")]
 PLACES = [
     pytest.param({"device": "cpu"}, id="cpu"),
-    pytest.param({"device": "cuda"}, id="cuda", marks=GPU),
-    pytest.param({"device": "cuda", "enable_cuda_graphs": False}, id="cuda without graphs", marks=GPU),
+    pytest.param({"device": "cuda"}, id="cuda", marks=GPU_MARKS),
+    pytest.param({"device": "cuda", "enable_cuda_graphs": False}, id="cuda without graphs", marks=GPU_MARKS),
 ]
 
 

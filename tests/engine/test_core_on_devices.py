@@ -2,12 +2,12 @@
 
 import itertools
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engine.devices import DEVICES, on_gpu
 from engine.paged_runner import PagedRunner, load, random_prompts, reference_logits
 from octavo_engine.bench.models import find_model, model_address
 from octavo_engine.config import EngineConfig
@@ -23,15 +23,6 @@ TIE = 1e-3
 NUM_TOKENS = 24
 # ||logits - those in float32|| / ||those in float32||: a few roundings of 2^-9 in each of three layers.
 BFLOAT16_ERROR = 0.05
-
-GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")]
-DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=GPU_MARKS)]
-
-
-def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    for mark in GPU_MARKS:
-        test = mark(test)
-    return test
 
 
 def generate(core: EngineCore, prompts: list[list[int]], n: int = 1, **params) -> dict[tuple[str, int], list[int]]:

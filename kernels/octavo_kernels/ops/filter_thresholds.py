@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import VARIANTS, CompileExample, cdiv, next_power_of_2, variant_of
+from octavo_kernels.launch import VARIANTS, CompileExample, cdiv, next_power_of_2, signature_of, variant_of
 from octavo_kernels.ops.argmax import load_logits, order_preserving
 from octavo_kernels.ops.sampling_tensors import SamplingTensors
 
@@ -389,11 +389,7 @@ def compile_examples(variant: str) -> list[CompileExample]:
         CompileExample(
             name=f"filter_thresholds {name} {dtype}",
             function=function,
-            signature={
-                argument: f"*{dtype}" if argument == "logits_ptr" else _POINTERS.get(argument, "i32")
-                for argument in function.arg_names
-                if argument not in constexprs
-            },
+            signature=signature_of(function, _POINTERS | {"logits_ptr": f"*{dtype}"}, constexprs),
             constexprs=constexprs,
             num_warps=num_warps,
             num_stages=1,

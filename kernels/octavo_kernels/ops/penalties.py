@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import VARIANTS, CompileExample, cdiv, variant_of
+from octavo_kernels.launch import VARIANTS, CompileExample, cdiv, signature_of, variant_of
 from octavo_kernels.ops.argmax import check_logits
 
 _WORD_BITS: Final = 32
@@ -329,11 +329,7 @@ def compile_examples(variant: str) -> list[CompileExample]:
         CompileExample(
             name=f"penalties {name}",
             function=function,
-            signature={
-                argument: (_POINTERS | pointers).get(argument, "i32")
-                for argument in function.arg_names
-                if argument not in (*constexprs, "BLOCK")
-            },
+            signature=signature_of(function, _POINTERS | pointers, {*constexprs, "BLOCK"}),
             constexprs={**constexprs, "BLOCK": launch.block_size},
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,

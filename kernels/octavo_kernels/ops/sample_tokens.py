@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-from octavo_kernels.launch import VARIANTS, CompileExample, cdiv, variant_of
+from octavo_kernels.launch import VARIANTS, CompileExample, cdiv, signature_of, variant_of
 from octavo_kernels.ops.argmax import (
     argmax_rows_reference,
     check_logits,
@@ -212,15 +212,12 @@ def compile_examples(variant: str) -> list[CompileExample]:
         CompileExample(
             name=f"sample_rows {'filtered' if has_thresholds else 'unfiltered'} {dtype}",
             function=_draw_kernel,
-            signature={
-                argument: f"*{dtype}" if argument == "logits_ptr" else _POINTERS.get(argument, "i32")
-                for argument in _draw_kernel.arg_names
-                if not argument.isupper()
-            },
-            constexprs={"HAS_THRESHOLDS": has_thresholds, "FAST_LOG": True, "BLOCK": launch.block},
+            signature=signature_of(_draw_kernel, _POINTERS | {"logits_ptr": f"*{dtype}"}, constexprs),
+            constexprs=constexprs,
             num_warps=launch.num_warps,
             num_stages=1,
         )
         for has_thresholds in (True, False)
+        for constexprs in ({"HAS_THRESHOLDS": has_thresholds, "FAST_LOG": True, "BLOCK": launch.block},)
         for dtype in ("fp32", "bf16")
     ]

@@ -1,15 +1,8 @@
 import pytest
 import torch
+from engine.devices import DEVICES
 from octavo_engine.loading.dummy_weights import fill_dummy_parameters
 from torch import nn
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")],
-    ),
-]
 
 
 def model(*names: str) -> nn.Module:
