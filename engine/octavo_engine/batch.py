@@ -56,9 +56,10 @@ def prepare(
             "input_ids": token_ids,
             "positions": _positions(scheduled, starts),
             "requests": rows,
-            "seq_lens": context_lens,
+            # As a captured step has them, whose kernels are compiled by then.
+            "seq_lens": np.array(context_lens, np.int32),
             "query_start_loc": starts,
-            "sampled_rows": _fill_up(_sampled_rows(scheduled, starts), numbers_of_logits),
+            "sampled_rows": np.array(_fill_up(_sampled_rows(scheduled, starts), numbers_of_logits), np.int64),
             "slots": slots,
             "promised": promised,
             "promised_slots": slots[rows[promised]],

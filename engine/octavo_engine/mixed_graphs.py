@@ -170,7 +170,7 @@ def _empty_inputs(num_tokens: int, num_decodes: int, block_tables: torch.Tensor)
         zeros(num_tokens),
         zeros(num_tokens).fill_(_ABSENT),
         zeros(num_seqs, block_tables.shape[1], dtype=block_tables.dtype),
-        zeros(num_seqs).fill_(_ABSENT),
+        zeros(num_seqs, dtype=torch.int32).fill_(_ABSENT),
         zeros(num_seqs + 1),
         num_decodes,
     )

@@ -1,6 +1,6 @@
 """Small arrays on their way from the host to a device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any, Final
 
@@ -9,8 +9,8 @@ import torch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# Of what is uploaded together: kernels are compiled for addresses that are multiples of 16 bytes.
-_ALIGNED_INTEGERS: Final = 2
+# Of what is uploaded together: kernels are compiled for addresses that are multiples of it.
+_ALIGNMENT_BYTES: Final = 16
 
 
 def upload(values: Array, device: torch.device) -> torch.Tensor:
@@ -24,14 +24,15 @@ def upload(values: Array, device: torch.device) -> torch.Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def upload_together(values: Mapping[str, Sequence[int] | Array], device: torch.device) -> dict[str, torch.Tensor]:
-    """`upload` of several rows of int64 by one copy, which takes a host and a device no longer than one row does."""
-    sizes = [-(-len(each) // _ALIGNED_INTEGERS) * _ALIGNED_INTEGERS for each in values.values()]
-    host = np.zeros(sum(sizes), np.int64)
+def upload_together(arrays: Mapping[str, Array], device: torch.device) -> dict[str, torch.Tensor]:
+    """`upload` of several rows by one copy, which takes a host and a device no longer than one row does."""
+    sizes = [-(-array.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for array in arrays.values()]
     starts = list(accumulate(sizes, initial=0))
-    for each, start in zip(values.values(), starts, strict=False):
-        host[start : start + len(each)] = each
+    host = np.zeros(starts[-1], np.uint8)
+    for array, start in zip(arrays.values(), starts, strict=False):
+        host[start : start + array.nbytes] = array.view(np.uint8)
     uploaded = upload(host, device)
     return {
-        name: uploaded[start : start + len(each)] for (name, each), start in zip(values.items(), starts, strict=False)
+        name: uploaded[start : start + array.nbytes].view(torch.from_numpy(array).dtype)
+        for (name, array), start in zip(arrays.items(), starts, strict=False)
     }

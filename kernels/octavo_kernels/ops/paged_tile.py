@@ -70,7 +70,7 @@ def argument_types(names: Sequence[str], query_dtype: torch.dtype, cache_dtype: 
     """The types of a kernel's arguments by their names, as Triton writes them; constexprs may be among them."""
     query_ptr, cache_ptr = f"*{_TRITON_TYPES[query_dtype]}", f"*{_TRITON_TYPES[cache_dtype]}"
     known = {"output_ptr": query_ptr, "query_ptr": query_ptr, "kv_ptr": cache_ptr}
-    known |= dict.fromkeys(("block_tables_ptr", "seq_lens_ptr", "query_starts_ptr", "query_ends_ptr"), "*i64")
+    known |= dict.fromkeys(("query_starts_ptr", "query_ends_ptr"), "*i64")
     known |= dict.fromkeys(("slopes_ptr", "partials_ptr", "partial_sums_ptr"), "*fp32")
     known |= dict.fromkeys(("score_scale", "softcap", "v_scale"), "fp32")
     return {name: known.get(name, "*i32" if name.endswith("_ptr") else "i32") for name in names}
