@@ -16,7 +16,7 @@ from octavo_kernels.ops.sampling_tensors import SamplingTensors
 from octavo_engine.request import Request
 from octavo_engine.sampler import forbidden_tokens, has_filters
 from octavo_engine.seen_tokens import SeenTokens
-from octavo_engine.staging import upload
+from octavo_engine.staging import upload, upload_together
 
 
 class GpuSampler:
@@ -59,16 +59,17 @@ class GpuSampler:
         if all(each.temperature == 0 for each in params):
             return argmax_rows(logits)
 
-        seeds = np.fromiter((request.seed % 2**64 for request in requests), np.uint64, len(requests))
-        sampling = SamplingTensors(
-            temperatures=self._upload([each.temperature for each in params], np.float32),
-            top_k=self._upload([each.top_k for each in params], np.int32),
-            top_p=self._upload([each.top_p for each in params], np.float32),
-            min_p=self._upload([each.min_p for each in params], np.float32),
-            seeds=upload(seeds.view(np.int64), self._device),
-            indices=self._upload([request.index for request in requests], np.int32),
-            positions=self._upload([request.num_tokens for request in requests], np.int32),
-        )
+        seeds = np.array([request.seed % 2**64 for request in requests], np.uint64)
+        arrays = {
+            "temperatures": np.array([each.temperature for each in params], np.float32),
+            "top_k": np.array([each.top_k for each in params], np.int32),
+            "top_p": np.array([each.top_p for each in params], np.float32),
+            "min_p": np.array([each.min_p for each in params], np.float32),
+            "seeds": seeds.view(np.int64),
+            "indices": np.array([request.index for request in requests], np.int32),
+            "positions": np.array([request.num_tokens for request in requests], np.int32),
+        }
+        sampling = SamplingTensors(**upload_together(arrays, self._device))
         return sample_rows(logits, sampling, any_filters=any(has_filters(each) for each in params))
 
     def _upload(self, values: Sequence[float], dtype: type[np.generic]) -> torch.Tensor:

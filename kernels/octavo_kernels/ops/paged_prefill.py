@@ -230,7 +230,7 @@ def _constexprs(group_size: int, head_dim: int, block_size: int, tile: int, bloc
 
 @triton.jit(
     do_not_specialize=["num_seqs", "num_tiles", "tokens_per_tile"],
-    do_not_specialize_on_alignment=["query_starts_ptr", "query_ends_ptr"],
+    do_not_specialize_on_alignment=["indices_ptr", "query_starts_ptr", "query_ends_ptr"],
 )
 def _plan_chunks_kernel(
     seqs_ptr, indices_ptr, query_starts_ptr, query_ends_ptr, num_seqs, num_tiles, tokens_per_tile,
@@ -252,7 +252,13 @@ def _plan_chunks_kernel(
 
 @triton.jit(
     do_not_specialize=["table_stride", "num_seqs", "window"],
-    do_not_specialize_on_alignment=["block_tables_ptr", "seq_lens_ptr", "query_starts_ptr", "query_ends_ptr"],
+    do_not_specialize_on_alignment=[
+        "block_tables_ptr",
+        "seq_lens_ptr",
+        "query_starts_ptr",
+        "query_ends_ptr",
+        "tile_indices_ptr",
+    ],
 )
 def _chunk_kernel(
     output_ptr, query_ptr, kv_ptr, block_tables_ptr, seq_lens_ptr, query_starts_ptr, query_ends_ptr,
