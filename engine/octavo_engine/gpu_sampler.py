@@ -16,7 +16,7 @@ from octavo_kernels.ops.sampling_tensors import SamplingTensors
 from octavo_engine.request import Request
 from octavo_engine.sampler import forbidden_tokens, has_filters
 from octavo_engine.seen_tokens import SeenTokens
-from octavo_engine.staging import upload, upload_together
+from octavo_engine.staging import Array, upload, upload_together
 
 
 class GpuSampler:
@@ -60,7 +60,7 @@ class GpuSampler:
             return argmax_rows(logits)
 
         seeds = np.array([request.seed % 2**64 for request in requests], np.uint64)
-        arrays = {
+        arrays: dict[str, Array] = {
             "temperatures": np.array([each.temperature for each in params], np.float32),
             "top_k": np.array([each.top_k for each in params], np.int32),
             "top_p": np.array([each.top_p for each in params], np.float32),
