@@ -55,6 +55,7 @@ class DecodeGraphs:
         self._sizes = graph_sizes(max_num_seqs)
         self._rows = torch.empty(3 * max_num_seqs, dtype=torch.int32, device=self._device)
         self._inputs = empty_inputs(max_num_seqs, tables.block_tables.shape[1], self._device)
+        self._query_starts = torch.arange(max_num_seqs + 1, device=self._device)
         self._graphs: dict[int, DecodeGraph] = {}
         for count, num_rows in enumerate(reversed(self._sizes), 1):
             self._graphs[num_rows] = self._capture(num_rows, pool)
@@ -97,7 +98,7 @@ class DecodeGraphs:
         metadata = AttentionMetadata(
             block_tables=inputs.block_tables,
             seq_lens=inputs.seq_lens,
-            query_start_loc=torch.arange(num_rows + 1, device=self._device),
+            query_start_loc=self._query_starts[: num_rows + 1],
             slot_mapping=inputs.slot_mapping,
             num_decodes=num_rows,
             query_lens=(1,) * num_rows,

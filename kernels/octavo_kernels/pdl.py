@@ -4,7 +4,7 @@ Between two kernels of a few microseconds their launch and their end cost as muc
 calls `wait_for_previous` before it reads or writes anything that another kernel writes; what it reads earlier, such as
 weights, arrives meanwhile. It must not skip that call: a kernel has then ended only after the one ahead of it, so that
 waiting for the previous one is waiting for all of them. Kernels that do not take part, cuBLAS's and torch's, start when
-everything before them has ended.
+everything before them has ended: what was written ahead of one of those may be read without waiting, too.
 """
 # Triton's kernels: untyped arguments, constexprs in capitals.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

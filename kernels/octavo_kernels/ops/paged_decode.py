@@ -26,10 +26,11 @@ from octavo_kernels.ops.paged_tile import (
     check_query,
     compiled_cache_dtypes,
     load_blocks,
+    prefetch_tile,
     score_factors,
     tile_tokens,
 )
-from octavo_kernels.pdl import PDL_VARIANTS, begin, pdl_options
+from octavo_kernels.pdl import PDL_VARIANTS, begin, launch_next, pdl_options, wait_for_previous
 
 # The planner compares a tile of workers with all requests, of no more elements than registers hold.
 PLANNED_WORKERS, PLANNED_ELEMENTS = 32, 8192
@@ -127,25 +128,22 @@ def plan_decodes(
     device, num_decodes, num_kv_heads = kv_cache_layer.device, metadata.num_decodes, kv_cache_layer.shape[3]
     launch = launch or launch_for(variant_of(device), kv_cache_layer.shape[4], kv_cache_layer.dtype, num_decodes)
     num_workers = max(1, num_multiprocessors(device) * launch.workers_per_multiprocessor // num_kv_heads)
-    plan = DecodePlan(
-        metadata.block_tables[:num_decodes],
-        metadata.seq_lens[:num_decodes],
-        sliding_window or 0,
-        tile_starts=torch.empty(num_decodes + 1, dtype=torch.int32, device=device),
-        first_seqs=torch.empty(num_workers, dtype=torch.int32, device=device),
-        arrivals=torch.empty(num_decodes, num_kv_heads, dtype=torch.int32, device=device),
-        tile=tile_tokens(kv_cache_layer.shape[4], kv_cache_layer.dtype, launch.tile_bytes),
-        launch=launch,
-    )
+    seq_lens, window = metadata.seq_lens[:num_decodes], sliding_window or 0
+    tile = tile_tokens(kv_cache_layer.shape[4], kv_cache_layer.dtype, launch.tile_bytes)
+    tile_starts = torch.empty(num_decodes + 1, dtype=torch.int32, device=device)
+    first_seqs = torch.empty(num_workers, dtype=torch.int32, device=device)
     block_seqs = next_power_of_2(max(num_decodes, 32))
     block_workers = min(PLANNED_WORKERS, max(1, PLANNED_ELEMENTS // block_seqs))
     _plan_decodes_kernel[(cdiv(num_workers, block_workers),)](
-        plan.tile_starts, plan.first_seqs, plan.arrivals, plan.seq_lens,
-        num_decodes, num_workers, num_kv_heads, plan.window, launch.min_tiles,
-        TILE=plan.tile, BLOCK_SEQS=block_seqs, BLOCK_WORKERS=block_workers, num_warps=4, num_stages=1,
+        tile_starts, first_seqs, seq_lens, num_decodes, num_workers, window, launch.min_tiles,
+        TILE=tile, BLOCK_SEQS=block_seqs, BLOCK_WORKERS=block_workers, num_warps=4, num_stages=1,
         **pdl_options(device),
     )  # fmt: skip
-    return plan
+    # Behind the plan, since it takes no part in programmatic dependent launch: it begins when the plan is written, and
+    # whoever comes after it may read the plan before waiting.
+    arrivals = torch.zeros(num_decodes, num_kv_heads, dtype=torch.int32, device=device)
+    block_tables = metadata.block_tables[:num_decodes]
+    return DecodePlan(block_tables, seq_lens, window, tile_starts, first_seqs, arrivals, tile, launch)
 
 
 @functools.cache
@@ -211,12 +209,11 @@ def _tiles_per_worker(num_tiles, num_workers, min_tiles):
 
 
 @triton.jit(
-    do_not_specialize=["num_decodes", "num_workers", "num_kv_heads", "window", "min_tiles"],
+    do_not_specialize=["num_decodes", "num_workers", "window", "min_tiles"],
     do_not_specialize_on_alignment=["seq_lens_ptr"],
 )
 def _plan_decodes_kernel(
-    tile_starts_ptr, first_seqs_ptr, arrivals_ptr, seq_lens_ptr,
-    num_decodes, num_workers, num_kv_heads, window, min_tiles,
+    tile_starts_ptr, first_seqs_ptr, seq_lens_ptr, num_decodes, num_workers, window, min_tiles,
     TILE: tl.constexpr, BLOCK_SEQS: tl.constexpr, BLOCK_WORKERS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK_WORKERS workers, each going through all requests.
@@ -239,9 +236,6 @@ def _plan_decodes_kernel(
     if tl.program_id(0) == 0:
         tl.store(tile_starts_ptr, 0)
         tl.store(tile_starts_ptr + 1 + seqs, tile_ends, is_seq)
-    zeros = tl.zeros((BLOCK_SEQS,), dtype=tl.int32)
-    for first in range(tl.program_id(0) * BLOCK_SEQS, num_decodes * num_kv_heads, tl.num_programs(0) * BLOCK_SEQS):
-        tl.store(arrivals_ptr + first + seqs, zeros, first + seqs < num_decodes * num_kv_heads)
 
 
 @triton.jit(
@@ -261,9 +255,11 @@ def _decode_kernel(
 ):  # fmt: skip
     """One program per (KV head, worker), neighbours in the grid reading neighbours in memory; float32 accumulation.
 
-    The query heads of a KV head are the rows of one tile, so that each key is read once for all of them.
+    The query heads of a KV head are the rows of one tile, so that each key is read once for all of them. The plan is
+    read, and the first tile called into the L2 cache, while the kernels ahead still make the query: they have not begun
+    before the plan was made, and a row of the cache that they write is called as well as any other.
     """
-    begin(USE_PDL)
+    launch_next(USE_PDL)
     kv_head, worker = tl.program_id(0), tl.program_id(1)
     num_kv_heads, num_workers = tl.num_programs(0), tl.num_programs(1)
     num_tiles = tl.load(tile_starts_ptr + num_decodes)
@@ -271,25 +267,28 @@ def _decode_kernel(
     per_worker = _tiles_per_worker(num_tiles, num_workers, min_tiles)
     tile = worker * per_worker
     last_tile = tl.minimum(tile + per_worker, num_tiles)
+    seq_start, seq_end, seq_len = _load_request(tile_starts_ptr, seq_lens_ptr, seq, num_decodes)
+    first_token = _first_token(seq_len, window)
+    first_tile = tile - seq_start + first_token // TILE
+    table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
+    blocks = load_blocks(table_ptr, first_tile, first_token, seq_len, TILE, BLOCK_SIZE)
+    kv_ptr += kv_head.to(tl.int64) * kv_head_stride
+    if USE_PDL and BLOCK_D <= 128 and kv_ptr.dtype.element_ty.primitive_bitwidth == 16:  # others lack the registers
+        prefetch_tile(kv_ptr, blocks, kv_block_stride, kv_value_stride, kv_token_stride, HEAD_DIM, BLOCK_SIZE, TILE)
+    wait_for_previous(USE_PDL)
 
     members = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
     mask = (members < GROUP_SIZE)[:, None] & (columns < HEAD_DIM)[None, :]
     heads = kv_head * GROUP_SIZE + members
-    kv_ptr += kv_head.to(tl.int64) * kv_head_stride
     slopes = tl.zeros((BLOCK_M,), dtype=tl.float32)
     if HAS_ALIBI:
         slopes = tl.load(slopes_ptr + heads, members < GROUP_SIZE, other=0.0) * 1.4426950408889634
 
     # What a request begins with is read while the worker still attends to the one before.
     query_ptrs = query_ptr + heads[:, None] * query_head_stride + columns[None, :]
-    seq_start, seq_end, seq_len = _load_request(tile_starts_ptr, seq_lens_ptr, seq, num_decodes)
     if HOLDS_NEXT_QUERY:
         query = _load_query(query_ptrs, seq, num_decodes, query_token_stride, mask)
-    first_token = _first_token(seq_len, window)
-    first_tile = tile - seq_start + first_token // TILE
-    table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
-    blocks = load_blocks(table_ptr, first_tile, first_token, seq_len, TILE, BLOCK_SIZE)
     while tile < last_tile:
         next_start, next_end, next_len = _load_request(tile_starts_ptr, seq_lens_ptr, seq + 1, num_decodes)
         if HOLDS_NEXT_QUERY:

@@ -53,12 +53,13 @@ class Launch:
 
 _LARGE = Launch(128, 16_384, num_warps=8, num_stages=3, short_warps=4)
 _SMALL = Launch(64, 8_192, num_warps=4, num_stages=2)
+_STAGED = replace(_SMALL, num_stages=3)
 LAUNCH: Mapping[str, Launch] = {
     "hopper": _LARGE,
     "grace-hopper": _LARGE,
     "blackwell": _LARGE,
-    "blackwell-workstation": _SMALL,
-    "ampere": Launch(128, 8_192, num_warps=8, num_stages=3),
+    "blackwell-workstation": _STAGED,
+    "ampere": Launch(128, 8_192, num_warps=8, num_stages=3, short_warps=4),
     "ada": _SMALL,
     "generic": _SMALL,
 }
@@ -66,8 +67,12 @@ LAUNCH: Mapping[str, Launch] = {
 NARROW_HEAD_DIM = 64
 _NARROW = Launch(128, 8_192, num_warps=4, num_stages=3, short_warps=1)
 NARROW_LAUNCH: Mapping[str, Launch] = {
-    **LAUNCH, "hopper": _NARROW, "grace-hopper": _NARROW, "blackwell": replace(_LARGE, short_warps=2)
-}  # fmt: skip
+    **LAUNCH,
+    "hopper": _NARROW,
+    "grace-hopper": _NARROW,
+    "blackwell": replace(_LARGE, short_warps=2),
+    "blackwell-workstation": replace(_STAGED, short_warps=1),
+}
 # Heads of more dimensions than these need more threads to hold their tiles, or smaller ones.
 WIDE_HEAD_DIM = 128
 _WIDE = Launch(64, 8_192, num_warps=8, num_stages=2, short_warps=4)
@@ -273,12 +278,12 @@ def _chunk_kernel(
     """One program per (KV head, tile of queries), last tiles first, since they see the most; float32 accumulation."""
     kv_head = tl.program_id(0)
     query_tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    seq = tl.load(tile_seqs_ptr + query_tile).to(tl.int64)
+    seq = tl.load(tile_seqs_ptr + query_tile)
     if seq >= num_seqs:
         return
     first_query = tl.load(tile_indices_ptr + query_tile) * (BLOCK_M // GROUP_SIZE)
-    first_row = tl.load(query_starts_ptr + seq).to(tl.int64)
-    query_len = (tl.load(query_ends_ptr + seq) - first_row).to(tl.int32)
+    first_row = tl.load(query_starts_ptr + seq).to(tl.int32)
+    query_len = tl.load(query_ends_ptr + seq).to(tl.int32) - first_row
     seq_len = tl.load(seq_lens_ptr + seq).to(tl.int32)
 
     members = tl.arange(0, BLOCK_M)
@@ -290,7 +295,9 @@ def _chunk_kernel(
     mask = is_row[:, None] & (columns < HEAD_DIM)[None, :]
     heads = kv_head * GROUP_SIZE + members % GROUP_SIZE
     rows = first_row + queries
-    query_ptrs = query_ptr + (rows * query_token_stride + heads * query_head_stride)[:, None] + columns[None, :]
+    query_ptrs = (
+        query_ptr + (rows.to(tl.int64) * query_token_stride + heads * query_head_stride)[:, None] + columns[None, :]
+    )
     query = tl.load(query_ptrs, mask, other=0.0)  # [BLOCK_M, BLOCK_D]
     slopes = tl.zeros((BLOCK_M,), dtype=tl.float32)
     if HAS_ALIBI:
@@ -313,7 +320,7 @@ def _chunk_kernel(
     cut_tile = tl.maximum((first_position + 1) // TILE, whole_tile)
 
     kv_ptr += kv_head.to(tl.int64) * kv_head_stride
-    table_ptr = block_tables_ptr + seq * table_stride
+    table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
     end_token = last_position + 1
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -333,7 +340,7 @@ def _chunk_kernel(
             blocks = next_blocks
 
     result = accumulator * (v_scale / row_sum)[:, None]
-    output_ptrs = output_ptr + (rows * output_token_stride + heads * HEAD_DIM)[:, None] + columns[None, :]
+    output_ptrs = output_ptr + (rows.to(tl.int64) * output_token_stride + heads * HEAD_DIM)[:, None] + columns[None, :]
     tl.store(output_ptrs, result.to(output_ptr.dtype.element_ty), mask)
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from octavo_kernels.hardware import GENERIC, HARDWARE
 from octavo_kernels.launch import next_power_of_2
 from octavo_kernels.ops.attention_metadata import Scoring
+from octavo_kernels.pdl import prefetch_l2
 
 LOG2_E = 1.4426950408889634
 MIN_BLOCK_SIZE = 8
@@ -92,6 +93,19 @@ def load_blocks(table_ptr, tile, first_token, end_token, TILE: tl.constexpr, BLO
     """
     tokens = tile * TILE + tl.arange(0, TILE)
     return tl.load(table_ptr + tokens // BLOCK_SIZE, (tokens >= first_token) & (tokens < end_token), other=0)
+
+
+@triton.jit
+def prefetch_tile(
+    kv_ptr, blocks, kv_block_stride, kv_value_stride, kv_token_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Call a tile's keys and values into the L2 cache, without waiting. Arguments as for `attend_tile`."""
+    row_bytes: tl.constexpr = HEAD_DIM * kv_ptr.dtype.element_ty.primitive_bitwidth // 8
+    if row_bytes % 16 == 0:
+        slots = tl.arange(0, TILE) % BLOCK_SIZE
+        key_ptrs = kv_ptr + blocks.to(tl.int64) * kv_block_stride + slots * kv_token_stride  # [TILE]
+        prefetch_l2(tl.join(key_ptrs, key_ptrs + kv_value_stride), row_bytes)
 
 
 @triton.jit
