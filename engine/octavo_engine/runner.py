@@ -30,6 +30,8 @@ from octavo_engine.start import Started
 
 # Rows of logits that prompt log probabilities hold at once: a long prompt's would not fit beside the KV cache.
 PROMPT_LOGPROBS_ROWS = 128
+# Of blocks that are copied at once, if a layer of them is no more.
+COPIED_BYTES = 64 << 20
 
 
 @dataclass(slots=True, eq=False)
@@ -197,12 +199,20 @@ class Runner:
         return torch.empty(num_rounds, num_sampled, dtype=torch.int64, pin_memory=is_pinned)
 
     def _copy_blocks(self, block_copies: torch.Tensor | None) -> None:
-        """Copy on write, before the step writes: all sources are read before any destination is written."""
-        if block_copies is not None:
-            sources, destinations = block_copies
-            # 8-bit floats as bytes, which torch indexes on every device.
-            cache = self._kv_cache.view(torch.uint8) if self._kv_cache.itemsize == 1 else self._kv_cache
-            cache[destinations] = cache[sources]
+        """Copy on write, before the step writes: all sources are read before any destination is written.
+
+        Some layers at a time, since what is read waits in memory of its own: forks of one prompt copy a block each.
+        """
+        if block_copies is None:
+            return
+        sources, destinations = block_copies
+        # 8-bit floats as bytes, which torch indexes on every device.
+        cache = self._kv_cache.view(torch.uint8) if self._kv_cache.itemsize == 1 else self._kv_cache
+        layer_bytes = len(sources) * cache[0, 0].nbytes
+        num_layers = max(1, COPIED_BYTES // layer_bytes)
+        for first_layer in range(0, cache.shape[1], num_layers):
+            layers = cache[:, first_layer : first_layer + num_layers]
+            layers[destinations] = layers[sources]
 
     def _record_event(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine.devices import DEVICES, on_gpu
 from engine.paged_runner import PagedRunner, load, random_prompts, reference_logits
+from octavo_engine import runner
 from octavo_engine.bench.models import find_model, model_address
 from octavo_engine.config import EngineConfig
 from octavo_engine.core import EngineCore
@@ -109,6 +110,21 @@ def test_forks_draw_for_themselves_and_repeat_by_seed(tiny_llama_dir, device: st
     first = generate(core, prompt, n=4, temperature=1.5, seed=3, top_p=0.9)
     assert len({tuple(answer) for answer in first.values()}) == 4
     assert generate(core, prompt, n=4, temperature=1.5, seed=3, top_p=0.9) == first
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_forks_copy_their_blocks_some_layers_at_a_time(
+    tiny_llama_dir, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    config = EngineConfig(model=str(tiny_llama_dir()), device=device, max_model_len=64, num_kv_blocks=32)
+    prompt = [list(range(2, 21))]
+    answers = []
+    for copied_bytes in (runner.COPIED_BYTES, 1):
+        monkeypatch.setattr(runner, "COPIED_BYTES", copied_bytes)
+        core = EngineCore(config, lambda phase: None)
+        answers.append(generate(core, prompt, n=4, temperature=1.5, seed=3))
+    assert answers[0] == answers[1]
+    assert len(set(map(tuple, answers[0].values()))) == 4
 
 
 def test_a_request_tells_how_long_it_was_queued(tiny_llama_dir) -> None:

@@ -31,7 +31,7 @@ class SequentialLayer(Layer):
         self.mlp = mlp
 
     def forward(
-        self, hidden: torch.Tensor, residual: torch.Tensor, kv_cache_layer: torch.Tensor, step: Step
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, kv_cache_layer: torch.Tensor, step: Step
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(what to add to the residual stream, residual stream), both [num_tokens, hidden_size]."""
         hidden, residual = self.input_layernorm.add(hidden, residual)
@@ -57,7 +57,7 @@ class ParallelLayer(Layer):
         self._summed_over = group
 
     def forward(
-        self, hidden: torch.Tensor, residual: torch.Tensor, kv_cache_layer: torch.Tensor, step: Step
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, kv_cache_layer: torch.Tensor, step: Step
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `SequentialLayer.forward`."""
         normalised, residual = self.input_layernorm.add(hidden, residual)
@@ -110,10 +110,11 @@ class Decoder(Layer):
         rotary = self.rotary(positions, hidden.dtype) if self.rotary else None
         step = prepare_step(rotary, kv_cache, metadata, hidden.dtype, self.sliding_windows)
         # The residual stream starts empty, so that every layer adds what the one before it computed.
-        residual = torch.zeros_like(hidden)
+        residual: torch.Tensor | None = None
         for layer, kv_cache_layer in zip(self._own_layers, kv_cache.unbind(1), strict=True):
             hidden, residual = layer(hidden, residual, kv_cache_layer, step)
         if self._pipeline and not self._pipeline.is_last:
+            assert residual is not None, "a stage has layers"
             self._pipeline.send(residual.add_(hidden))
             return residual
         normalised: torch.Tensor = self.norm.add(hidden, residual)[0]

@@ -20,8 +20,10 @@ class RmsNorm(Layer):
         """Normalise [num_tokens, hidden_size]."""
         return rms_norm(hidden, self.weight, self.eps)
 
-    def add(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normalised sum, sum) of `hidden` and `residual`; the residual's memory holds the sum."""
+    def add(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normalised sum, sum) of `hidden` and `residual`, whose memory holds the sum; None is an empty stream."""
+        if residual is None:
+            return self(hidden), hidden
         return add_rms_norm(hidden, residual, self.weight, self.eps)
 
 
@@ -38,8 +40,10 @@ class LayerNorm(Layer):
         """Normalise [num_tokens, hidden_size]."""
         return layer_norm(hidden, self.weight, self.bias, self.eps)
 
-    def add(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normalised sum, sum) of `hidden` and `residual`; the residual's memory holds the sum."""
+    def add(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normalised sum, sum) of `hidden` and `residual`, whose memory holds the sum; None is an empty stream."""
+        if residual is None:
+            return self(hidden), hidden
         return add_layer_norm(hidden, residual, self.weight, self.bias, self.eps)
 
 
