@@ -10,7 +10,6 @@ others follow it (`ranks.py`); where one ends, all do.
 """
 
 import ctypes
-import gc
 import importlib
 import logging
 import os
@@ -31,6 +30,7 @@ import zmq
 
 from octavo_engine.config import EngineConfig, load_config
 from octavo_engine.errors import EngineDeadError, OctavoError, RankLostError
+from octavo_engine.garbage_collection import spare_old_objects
 from octavo_engine.logs import configure_logging
 from octavo_engine.protocol import (
     AbortRequests,
@@ -342,20 +342,14 @@ def _run_rank(
     else:
         if is_first:
             outbox.send(core.ready())
-        _freeze()
+        spare_old_objects()
         follow(core, core.ranks)
 
 
 def _serve(core: Core, inbox: "zmq.Socket[bytes]", outbox: _Outbox) -> None:
     outbox.send(core.ready())
-    _freeze()
+    spare_old_objects()
     run_core(core, inbox, outbox)
-
-
-def _freeze() -> None:
-    """What start-up made lives as long as the process: later collections need not look at it."""
-    gc.collect()
-    gc.freeze()
 
 
 def _connect(context: "zmq.Context[zmq.Socket[bytes]]", kind: int, path: Path) -> "zmq.Socket[bytes]":

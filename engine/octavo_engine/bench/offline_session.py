@@ -1,6 +1,5 @@
 """Brings up an engine in this process, runs workloads through it, and says how near each came to its lower bound."""
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -20,6 +19,7 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.core import EngineCore
 from octavo_engine.device import Device, open_device, resolve_dtype
 from octavo_engine.errors import ConfigError
+from octavo_engine.garbage_collection import spare_old_objects
 
 # Prompts of a profile come from a seed that no timed run uses.
 _PROFILE_SEED = 2000
@@ -63,9 +63,7 @@ def run_session(
     if rates is None:
         rates = _measure_rates(device, dtype)
     core = EngineCore(config, lambda phase: None)
-    # As an engine process does: what is here now stays, and need not be searched while a workload runs.
-    gc.collect()
-    gc.freeze()
+    spare_old_objects()  # as an engine process does
     work = _work(model, config, device, dtype)
     engine = _describe_engine(core, config, device, dtype)
     for workload in workloads:

@@ -4,7 +4,6 @@ Name it there as `tools.bench_peers.gpu.octavo_adapter:Octavo`, from the reposit
 the option `load_format` is `auto`; every other option is a field of the engine's configuration.
 """
 
-import gc
 import os
 import sys
 import tempfile
@@ -27,13 +26,12 @@ class Octavo:
         sys.path += [str(path) for path in (_ROOT / "engine", _ROOT / "kernels", _SITE)]
         from octavo_engine.config import load_config
         from octavo_engine.core import EngineCore
+        from octavo_engine.garbage_collection import spare_old_objects
 
         options = {name: value for name, value in opts.items() if name not in _FOREIGN_OPTIONS}
         fields = {"model": model_dir, "max_model_len": max_len, "load_format": "dummy", **options}
         self._core = EngineCore(load_config(fields, {}), lambda phase: None)
-        # As an engine process does.
-        gc.collect()
-        gc.freeze()
+        spare_old_objects()  # as an engine process does
 
     def generate(self, prompts: Sequence[Sequence[int]], out_len: int) -> list[list[int]]:
         """Greedy answers of exactly `out_len` tokens."""
