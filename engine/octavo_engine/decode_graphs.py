@@ -57,29 +57,42 @@ class DecodeGraphs:
         self._inputs = empty_inputs(max_num_seqs, tables.block_tables.shape[1], self._device)
         self._query_starts = torch.arange(max_num_seqs + 1, device=self._device)
         self._graphs: dict[int, DecodeGraph] = {}
+        # What the device's rows say after the last step: how many they are, whose, in which slots, the next positions.
+        self._next_rows: tuple[int, list[Request], list[int], list[int]] | None = None
         for count, num_rows in enumerate(reversed(self._sizes), 1):
             self._graphs[num_rows] = self._capture(num_rows, pool)
             on_progress(count / len(self._sizes))
 
-    def run(self, requests: Sequence[Request], first_tokens: Sequence[int]) -> DecodeGraph:
-        """Compute the next token's logits of each request, and its likeliest token; `replay` goes on from there.
+    def begin(self, requests: list[Request], first_tokens: list[int], num_rounds: int) -> DecodeGraph:
+        """The graph whose `num_rounds` replays each compute the next token's logits of each request, and its likeliest
+        token.
 
-        first_tokens: position of each request's token to compute
+        first_tokens: position of each request's token to compute first
+        The device moves its rows on by itself, so that nothing is sent where a step goes on with the one before it.
         """
         graph = self._graphs[self._sizes[bisect_left(self._sizes, len(requests))]]
-        host = np.empty((3, graph.num_rows), np.int32)
-        num_rows = len(requests)
-        host[0, :num_rows] = [request.slot for request in requests]
-        host[0, num_rows:] = self._tables.padding_slot
-        host[1, :num_rows] = first_tokens
-        host[1, num_rows:] = PADDING
-        host[2, :num_rows] = [
+        slots = [request.slot for request in requests]
+        if self._next_rows != (graph.num_rows, requests, slots, first_tokens):
+            self._send_rows(graph.num_rows, requests, first_tokens)
+        self._next_rows = graph.num_rows, requests, slots, [position + num_rounds for position in first_tokens]
+        return graph
+
+    def interrupt(self) -> None:
+        """Tell of a step of another kind, after which a sequence may have a token that only the host knows."""
+        self._next_rows = None
+
+    def _send_rows(self, num_rows: int, requests: Sequence[Request], first_tokens: Sequence[int]) -> None:
+        host = np.empty((3, num_rows), np.int32)
+        num_real = len(requests)
+        host[0, :num_real] = [request.slot for request in requests]
+        host[0, num_real:] = self._tables.padding_slot
+        host[1, :num_real] = first_tokens
+        host[1, num_real:] = PADDING
+        host[2, :num_real] = [
             request.token_ids[position] for request, position in zip(requests, first_tokens, strict=True)
         ]
-        host[2, num_rows:] = UNKNOWN
+        host[2, num_real:] = UNKNOWN
         self._rows[: host.size].copy_(upload(host.reshape(-1), self._device), non_blocking=True)
-        graph.replay()
-        return graph
 
     def _capture(self, num_rows: int, pool: Any) -> DecodeGraph:
         rows = DecodeRows(*self._rows[: 3 * num_rows].view(3, num_rows).unbind())

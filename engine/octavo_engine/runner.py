@@ -144,11 +144,10 @@ class Runner:
         assert self._graphs is not None
         sampled = step.sampled
         self._copy_blocks(copies_on(self._device, step))
-        graph = self._graphs.run(sampled, [each.first_token for each in step.scheduled])
+        graph = self._graphs.begin(sampled, [each.first_token for each in step.scheduled], step.num_rounds)
         host = self._empty_tokens(step.num_rounds, len(sampled))
         for i in range(step.num_rounds):
-            if i:
-                graph.replay()
+            graph.replay()
             host[i].copy_(graph.token_ids[: len(sampled)], non_blocking=True)
         launched = Launched(step, sampled, host, 0.0)
         if not all(is_greedy(request) for request in sampled):
@@ -156,6 +155,8 @@ class Runner:
         return launched
 
     def _launch_eagerly(self, step: Step) -> Launched:
+        if self._graphs:
+            self._graphs.interrupt()
         batch = prepare(step, self._block_size, self._device, self._tables, self._numbers_of_logits)
         self._copy_blocks(batch.block_copies)
         if self._mixed_graphs and self._mixed_graphs.suits(batch, is_device_idle=self._is_idle()):

@@ -6,11 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from octavo_engine import decode_graphs, staging
 from octavo_engine.config import EngineConfig
 from octavo_engine.core import EngineCore
 from octavo_engine.protocol import AbortRequests, AddRequest, SamplingParams
 from octavo_engine.runner import Launched
 from octavo_engine.scheduler import Step, check_invariants
+from octavo_engine.staging import Array
 from octavo_kernels.launch import interpret_on_cpu
 from octavo_kernels.ops import paged_decode
 
@@ -73,6 +76,40 @@ def test_several_rounds_a_step_bring_the_same_tokens(folder: Path, monkeypatch: 
         core = make_core(folder)
         monkeypatch.setattr(core, "max_rounds", lambda: 3)
         assert generate(core, max_tokens=7) == expected
+
+
+def answer(core: EngineCore, name: str, prompt: list[int], max_tokens: int) -> list[int]:
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0)
+    core.add_request(AddRequest(name, prompt, params, arrival_time_s=0.0))
+    return [token for _ in range(50) if core.has_work for output in core.step().outputs for token in output.token_ids]
+
+
+def test_a_decode_that_goes_on_sends_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+
+    def upload(values: Array, device: torch.device) -> torch.Tensor:
+        sent.append(len(values))
+        return staging.upload(values, device)
+
+    with interpret_on_cpu():
+        core = make_core(folder)
+        monkeypatch.setattr(decode_graphs, "upload", upload)
+        assert len(answer(core, "alone", PROMPTS[1], max_tokens=9)) == 9
+        assert len(sent) == 1
+        generate(core, max_tokens=9)
+    assert len(sent) > 2, "who comes and who ends is sent"
+
+
+def test_a_prompt_that_goes_on_where_another_ended_keeps_its_own_last_token(folder: Path) -> None:
+    """All but its last token is cached, so that it is a decode in the place, and at the position, of the one before."""
+    first = [5] * 11
+    with interpret_on_cpu():
+        core = make_core(folder)
+        tokens = first + answer(core, "first", first, max_tokens=6)
+        second = [*tokens[:16], (tokens[16] + 1) % 100 + 2]
+        found = answer(core, "second", second, max_tokens=6)
+        assert core.scheduler.counters.num_prefix_cache_hits > 0
+    assert found == answer(make_core(folder), "second", second, max_tokens=6)
 
 
 def test_stop_tokens_end_a_sequence_that_is_ahead_of_the_host(folder: Path) -> None:
