@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from engine.devices import DEVICES
 from octavo_engine.config import EngineConfig
 from octavo_engine.core import EngineCore
 from octavo_engine.protocol import AbortRequests, AddRequest, SamplingParams
@@ -39,9 +40,10 @@ def serve(core: EngineCore, name: str, num_requests: int) -> None:
         core.step()
 
 
-def test_requests_leave_no_cycles_behind(tiny_llama_dir, manual_collection: None) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_requests_leave_no_cycles_behind(tiny_llama_dir, manual_collection: None, device: str) -> None:
     config = EngineConfig(
-        model=str(tiny_llama_dir()), device="cpu", dtype="float32", max_model_len=64, num_kv_blocks=16, block_size=8,
+        model=str(tiny_llama_dir()), device=device, dtype="float32", max_model_len=64, num_kv_blocks=16, block_size=8,
         max_num_seqs=8, max_num_batched_tokens=32,
     )  # fmt: skip
     core = EngineCore(config, lambda phase: None)
