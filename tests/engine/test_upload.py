@@ -5,7 +5,8 @@ import time
 
 import pytest
 import torch
-from octavo_engine.loading.upload import Uploader
+from engine.devices import on_gpu
+from octavo_engine.loading.upload import PIECE_BYTES, Uploader
 
 CPU = torch.device("cpu")
 
@@ -24,6 +25,21 @@ def test_progress_counts_bytes_and_the_last_word_says_all() -> None:
     uploader.wait(lambda share, name: said.append((share, name)))
     assert [name for _, name in said] == ["first", "second"]
     assert (said[-1][0], uploader.progress, memory.tolist()) == (1.0, 1.0, [1.0, 2.0])
+
+
+@on_gpu
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_another_type_is_converted_before_it_reaches_the_gpu(stored: torch.dtype) -> None:
+    values = torch.randn(3, PIECE_BYTES // 4 + 5).to(stored)
+    memory = torch.full(values.shape, torch.nan, dtype=torch.bfloat16, device="cuda")
+    taken = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    uploader = Uploader(memory.device)
+    for row, part in zip(memory, values, strict=True):
+        uploader.submit(lambda uploader, row=row, part=part: uploader.copy(row, part), "row", part.nbytes)
+    uploader.wait(lambda share, name: None)
+    torch.testing.assert_close(memory.cpu(), values.to(torch.bfloat16), rtol=0, atol=0)
+    assert torch.cuda.max_memory_allocated() == taken
 
 
 def test_nothing_to_do_is_done() -> None:

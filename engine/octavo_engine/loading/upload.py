@@ -92,12 +92,15 @@ class Uploader:
         return uploaded
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """As destination.copy_(source), from the CPU to the device. destination: contiguous"""
+        """As destination.copy_(source), from the CPU to the device. destination: contiguous
+
+        Another type of the source's is converted on the host: the device needs no memory beside the destination.
+        """
         if self._device.type != "cuda":
             destination.copy_(source)
             return
         flat, values = destination.view(-1), source.reshape(-1)
-        num_elements = PIECE_BYTES // values.itemsize
+        num_elements = PIECE_BYTES // flat.itemsize
         for start in range(0, len(values), num_elements):
             piece = self._thread.pieces[0]
             self._thread.pieces.reverse()
@@ -114,7 +117,7 @@ class _Piece:
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         self._read.synchronize()  # the copy before this one
-        staged = self._memory[: source.nbytes].view(source.dtype)
+        staged = self._memory[: destination.nbytes].view(destination.dtype)
         staged.copy_(source)
         destination.copy_(staged, non_blocking=True)
         self._read.record()
