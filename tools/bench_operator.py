@@ -142,7 +142,7 @@ def _apply_services(plane: ControlPlane, objects: ApiObjects, num_services: int)
     ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     objects.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": _NAMESPACE}})
-    _wait(lambda: _is_served(objects), time.monotonic())
+    _wait(lambda: objects.is_established("inferenceservices.octavo.dev"), time.monotonic())
     names: dict[str, list[str]] = {}
     for kind, share in _SHARES.items():
         names[kind] = [f"{kind}-{number:04}" for number in range(num_services * share // 100)]
@@ -150,12 +150,6 @@ def _apply_services(plane: ControlPlane, objects: ApiObjects, num_services: int)
         for name in names[kind]:
             objects.apply(inference_service(name, _NAMESPACE, **hardware))
     return names
-
-
-def _is_served(objects: ApiObjects) -> bool:
-    found = objects.get("CustomResourceDefinition", "inferenceservices.octavo.dev") or {}
-    conditions = found.get("status", {}).get("conditions", [])
-    return any(each["type"] == "Established" and each["status"] == "True" for each in conditions)
 
 
 def _relabel(objects: ApiObjects, nodes: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +26,7 @@ SERVICE_PORT = 8000
 NAMESPACE = "default"
 QUESTION = "What is the capital of France?"
 CHART_NAMESPACE = "octavo-system"
+CRD = "inferenceservices.octavo.dev"
 OWNED = "deployments,replicasets,pods,services,configmaps,serviceaccounts"
 
 sys.path.insert(0, str(ROOT / "tests" / "cluster"))
@@ -140,6 +141,7 @@ class CurrentCluster:
 
 def _local_cluster(stack: ExitStack) -> LocalCluster:
     import binaries
+    from api_objects import ApiObjects
     from control_plane import ControlPlane, ControlPlaneError
     from process_node import NodeHost, NodeSpec
 
@@ -157,7 +159,8 @@ def _local_cluster(stack: ExitStack) -> LocalCluster:
     kubectl = Kubectl(cluster.kubectl, cluster.kubeconfig)
     kubectl.show("get", "nodes", "--output", "wide")
     kubectl.show("apply", "--server-side", "--filename", "crds/")
-    kubectl.read("wait", "--for=condition=Established", "crd/inferenceservices.octavo.dev", "--timeout=30s")
+    with closing(ApiObjects(cluster.kubeconfig)) as objects:
+        _wait_until(lambda: objects.is_established(CRD), "the CustomResourceDefinition", timeout_s=30)
     stack.enter_context(_operator(cluster.kubeconfig))
     return cluster
 

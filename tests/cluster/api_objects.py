@@ -52,6 +52,12 @@ class ApiObjects:
         items: list[Manifest] = _plain(found)["items"]
         return items
 
+    def is_established(self, name: str) -> bool:
+        """Whether objects of this CustomResourceDefinition can be made. For a moment it has no list of conditions."""
+        found = self.get("CustomResourceDefinition", name, api="apiextensions.k8s.io/v1") or {}
+        conditions = found.get("status", {}).get("conditions") or []
+        return any(each["type"] == "Established" and each["status"] == "True" for each in conditions)
+
     def merge(self, kind: str, name: str, patch: Manifest, namespace: str | None = None) -> Manifest:
         """JSON merge patch."""
         patched = self._client.patch(

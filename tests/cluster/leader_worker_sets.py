@@ -45,7 +45,7 @@ class LeaderWorkerSets:
         (self._folder / "tls.crt").write_bytes(pair.certificate)
         write_private(self._folder / "tls.key", pair.key)
         self._kubectl("apply", "--server-side", "-f", str(built / "leaderworkerset.x-k8s.io_leaderworkersets.yaml"))
-        eventually(self._is_established, "the CRD is established")
+        eventually(lambda: self._objects.is_established(CRD_NAME), "the CRD is established")
         self._start(built / "lws")
         self._webhooks = [
             self._on_loopback(each, base64.b64encode(authority.certificate).decode())
@@ -66,11 +66,6 @@ class LeaderWorkerSets:
         self._process.wait()
         self._guard.close()
         self._process = None
-
-    def _is_established(self) -> bool:
-        found = self._objects.get("CustomResourceDefinition", CRD_NAME, api="apiextensions.k8s.io/v1") or {}
-        conditions = found.get("status", {}).get("conditions") or []
-        return any(each["type"] == "Established" and each["status"] == "True" for each in conditions)
 
     def _start(self, program: Path) -> None:
         configuration = {

@@ -73,13 +73,7 @@ def test_refuses_a_custom_resource_that_breaks_a_cel_rule(objects: ApiObjects, n
         },
     }  # fmt: skip
     objects.apply(definition)
-
-    def established() -> bool:
-        found = objects.get("CustomResourceDefinition", "ranges.example.com") or {}
-        conditions = found.get("status", {}).get("conditions", [])
-        return any(one["type"] == "Established" and one["status"] == "True" for one in conditions)
-
-    eventually(established, "the custom resource is established")
+    eventually(lambda: objects.is_established("ranges.example.com"), "the custom resource is established")
     custom = {"apiVersion": "example.com/v1", "kind": "Range", "metadata": {"name": "one", "namespace": namespace}}
     eventually(lambda: objects.apply(custom | {"spec": {"low": 1, "high": 2}}), "a valid range is taken")
     with pytest.raises(DynamicApiError, match="low must not be above high"):

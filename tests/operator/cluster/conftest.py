@@ -18,13 +18,7 @@ CRD_NAMES = (CRD_NAME, "hardwareprofiles.octavo.dev")
 def crd(kubectl: Kubectl, objects: ApiObjects) -> str:
     """The CRDs as they are checked in, established; the name of the first."""
     kubectl("apply", "--server-side", "-f", str(ROOT / "crds"))
-
-    def is_established(name: str) -> bool:
-        found = objects.get("CustomResourceDefinition", name) or {}
-        conditions = found.get("status", {}).get("conditions", [])
-        return any(each["type"] == "Established" and each["status"] == "True" for each in conditions)
-
-    eventually(lambda: all(map(is_established, CRD_NAMES)), "the CRDs are established")
+    eventually(lambda: all(map(objects.is_established, CRD_NAMES)), "the CRDs are established")
     return CRD_NAME
 
 

@@ -231,12 +231,12 @@ def monitoring_crd(kind: str) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def monitoring(objects: ApiObjects, kubectl: Kubectl) -> Iterator[None]:
+def monitoring(objects: ApiObjects) -> Iterator[None]:
     """The kinds of the Prometheus operator."""
     crds = [monitoring_crd(kind) for kind in ("ServiceMonitor", "PodMonitor")]
     for each in crds:
         objects.apply(each)
-        kubectl("wait", "--for=condition=Established", f"crd/{each['metadata']['name']}", "--timeout=30s")
+    eventually(lambda: all(objects.is_established(each["metadata"]["name"]) for each in crds), "the kinds are there")
     yield
     for each in crds:
         objects.delete("CustomResourceDefinition", each["metadata"]["name"])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from api_objects import ApiObjects
+from api_objects import ApiObjects, eventually
 from control_plane import ControlPlane
 from kubectl import Kubectl
 from operator_harness import OperatorProcess
@@ -60,7 +60,7 @@ def on_processes(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def crds_of_the_release(crd: str, kubectl: Kubectl) -> Iterator[None]:
+def crds_of_the_release(crd: str, kubectl: Kubectl, objects: ApiObjects) -> Iterator[None]:
     """The session's CRDs as if the release had brought them: put back when it took them away."""
     for each in kubectl("get", "crd", "-o", "name").split():
         if each.endswith(".octavo.dev"):
@@ -69,7 +69,7 @@ def crds_of_the_release(crd: str, kubectl: Kubectl) -> Iterator[None]:
             kubectl("annotate", each, *owner, "--overwrite")
     yield
     kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
-    kubectl("wait", "--for=condition=Established", f"crd/{crd}", "--timeout=30s")
+    eventually(lambda: objects.is_established(crd), "the CRD is established")
 
 
 @pytest.mark.model
