@@ -258,7 +258,7 @@ def _wait_until(is_done: Callable[[], bool], what: str, timeout_s: float) -> Non
     deadline = time.monotonic() + timeout_s
     while not is_done():
         if time.monotonic() > deadline:
-            raise DemoError(f"{what} did not come to an end within {timeout_s:.0f} s")
+            raise DemoError(f"waited {timeout_s:.0f} s for {what} in vain")
         time.sleep(0.5)
 
 

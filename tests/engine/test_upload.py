@@ -30,7 +30,7 @@ def test_progress_counts_bytes_and_the_last_word_says_all() -> None:
 @on_gpu
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 def test_another_type_is_converted_before_it_reaches_the_gpu(stored: torch.dtype) -> None:
-    values = torch.randn(3, PIECE_BYTES // 4 + 5).to(stored)
+    values = torch.randn(3, PIECE_BYTES // torch.bfloat16.itemsize + 5).to(stored)
     memory = torch.full(values.shape, torch.nan, dtype=torch.bfloat16, device="cuda")
     taken = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

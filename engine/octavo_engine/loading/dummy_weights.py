@@ -1,6 +1,6 @@
 """Random weights for measurements without a checkpoint: drawn on the model's own device, whole parameters at a time.
 
-What a step costs does not depend on the weights' values, as long as activations stay finite and a mixture of experts
+What a step costs hardly depends on the weights' values, as long as activations stay finite and a mixture of experts
 spreads its tokens: both hold for the usual initialisation, and neither for zeros.
 """
 
