@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,13 +84,16 @@ def examples(variant: str) -> list[CompileExample]:
 
 def compile_all(variants: tuple[str, ...] = VARIANTS, num_processes: int | None = None) -> Iterator[Compiled]:
     """Compile every kernel for every GPU of these variants; what variants share is compiled once."""
-    jobs: dict[object, tuple[str, int, ComputeCapability]] = {}
+    jobs: dict[ComputeCapability, dict[object, tuple[str, int]]] = {}
     for variant in variants:
         for index, example in enumerate(examples(variant)):
             for capability in capabilities_of(variant):
-                jobs.setdefault((_identity(example), capability), (variant, index, capability))
-    with ProcessPoolExecutor(num_processes) as pool:
-        yield from pool.map(_compile, jobs.values())
+                jobs.setdefault(capability, {}).setdefault(_identity(example), (variant, index))
+    # A process compiles for one GPU, as an engine's does: Triton's conversions of 8-bit types remain those of the GPU
+    # that a process first compiled them for.
+    for capability, of_capability in jobs.items():
+        with ProcessPoolExecutor(num_processes) as pool:
+            yield from pool.map(partial(_compile, capability), of_capability.values())
 
 
 def _identity(example: CompileExample) -> object:
@@ -99,15 +103,16 @@ def _identity(example: CompileExample) -> object:
     )  # fmt: skip
 
 
-def _compile(job: tuple[str, int, ComputeCapability]) -> Compiled:
-    variant, index, (major, minor) = job
+def _compile(capability: ComputeCapability, job: tuple[str, int]) -> Compiled:
+    variant, index = job
     example = examples(variant)[index]
+    major, minor = capability
     kernel = compile_example(example, major * 10 + minor)
     registers, stack_bytes = _resources(kernel.asm["cubin"])
     # Spilled registers lie on the stack, and so does what some of libdevice's functions need.
     spill_bytes = _spill_bytes(kernel.asm["ptx"]) if stack_bytes else 0
     # Dynamic shared memory is the launch's: only the metadata has it.
-    return Compiled(example.name, (major, minor), registers, kernel.metadata.shared, spill_bytes)
+    return Compiled(example.name, capability, registers, kernel.metadata.shared, spill_bytes)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -21,6 +21,26 @@ def test_every_variant_compiles_without_spills() -> None:
     assert " 0 with problems" in result.stdout
 
 
+# Each process that compiles goes on from one GPU to the next, unless it is ended between them.
+_TWO_GPUS = """
+from octavo_kernels import catalogue
+from octavo_kernels.ops import paged_prefill
+examples = [each for each in paged_prefill.compile_examples("ada") if "float8" in each.name][:1]
+catalogue.examples = lambda variant: examples
+for each in catalogue.compile_all(("hopper", "ada"), 1):
+    print("sm_{}{}".format(*each.capability), each.problem)
+"""
+
+
+def test_what_was_compiled_for_one_gpu_does_not_change_another(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", _TWO_GPUS],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.stdout.split("\n")[:2] == ["sm_90 None", "sm_89 None"], result.stderr[-1000:]
+
+
 def test_lists_the_launch_parameters_of_a_gpu() -> None:
     result = subprocess.run(
         [OCTAVO, "kernels", "list", "--hardware", "h100"], capture_output=True, text=True, check=True

@@ -71,7 +71,7 @@ NARROW_LAUNCH: Mapping[str, Launch] = {
     **LAUNCH,
     "hopper": _NARROW,
     "grace-hopper": _NARROW,
-    "blackwell": replace(_LARGE, short_warps=2),
+    "blackwell": _NARROW,
     "blackwell-workstation": replace(_STAGED, short_warps=1),
 }
 # Heads of more dimensions than these need more threads to hold their tiles, or smaller ones.
