@@ -7,9 +7,20 @@ from pathlib import Path
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pytest
 from quick_interpreter import quicken_interpreter
 
 quicken_interpreter()
 
 
 pytest_plugins = ["plugin"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The marker `gpu` says all that a test has to say of it."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU")

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from engine.devices import GPU_MARKS
 from octavo_engine.config import EngineConfig
 from octavo_engine.core import EngineCore
 from octavo_engine.loading.tokenizer import load_tokenizer
@@ -44,8 +43,8 @@ TEXTS = [
 
 PLACES = [
     pytest.param({"device": "cpu"}, id="cpu"),
-    pytest.param({"device": "cuda"}, id="cuda", marks=GPU_MARKS),
-    pytest.param({"device": "cuda", "enable_cuda_graphs": False}, id="cuda without graphs", marks=GPU_MARKS),
+    pytest.param({"device": "cuda"}, id="cuda", marks=pytest.mark.gpu),
+    pytest.param({"device": "cuda", "enable_cuda_graphs": False}, id="cuda without graphs", marks=pytest.mark.gpu),
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.devices import DEVICES, on_gpu
+from engine.devices import DEVICES
 from engine.paged_runner import PagedRunner, load, random_prompts, reference_logits
 from octavo_engine import runner
 from octavo_engine.bench.models import find_model, model_address
@@ -147,7 +147,7 @@ def test_a_request_tells_how_long_it_was_queued(tiny_llama_dir) -> None:
     assert first_ended_s <= second <= time.monotonic() - start_s, "it waits for both of the first one's sequences"
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_constraints_on_a_gpu_choose_the_cpus_tokens(tiny_llama_dir) -> None:
     folder = tiny_llama_dir()
     prompts = [[(7 * i + 3 * j) % 131 for j in range(5 + 6 * i)] for i in range(5)]
@@ -164,7 +164,7 @@ def test_constraints_on_a_gpu_choose_the_cpus_tokens(tiny_llama_dir) -> None:
     assert answers[0] == answers[1]
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_an_8_bit_cache_on_a_gpu_is_close_to_a_wide_one(tiny_llama_dir) -> None:
     if variant_of(torch.device("cuda")) not in FLOAT8_VARIANTS:
         pytest.skip("this GPU has no float8")
@@ -188,7 +188,7 @@ def test_an_8_bit_cache_on_a_gpu_is_close_to_a_wide_one(tiny_llama_dir) -> None:
     assert 0 < error < 0.5
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_nothing_is_compiled_while_requests_are_answered(tmp_path) -> None:
     """Requests that come one after the other or in swarms, with short and long prompts, greedy and drawn."""
     fields = {"load_format": "dummy", "max_model_len": 4096, "max_num_seqs": 96, "kernel_cache_dir": str(tmp_path)}

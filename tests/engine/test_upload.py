@@ -5,7 +5,6 @@ import time
 
 import pytest
 import torch
-from engine.devices import on_gpu
 from octavo_engine.loading.upload import PIECE_BYTES, Uploader
 
 CPU = torch.device("cpu")
@@ -27,7 +26,7 @@ def test_progress_counts_bytes_and_the_last_word_says_all() -> None:
     assert (said[-1][0], uploader.progress, memory.tolist()) == (1.0, 1.0, [1.0, 2.0])
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 def test_another_type_is_converted_before_it_reaches_the_gpu(stored: torch.dtype) -> None:
     values = torch.randn(3, PIECE_BYTES // torch.bfloat16.itemsize + 5).to(stored)

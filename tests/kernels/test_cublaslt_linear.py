@@ -12,12 +12,10 @@ from octavo_kernels.ops.cublaslt_linear import Launch
 from octavo_kernels.ops.gemv import reference
 from octavo_kernels.ops.linear import GpuLinear
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LAUNCH = Launch(algorithm="00" * 64, workspace_bytes=0, version=cublaslt_linear.version())
 
 
 @pytest.mark.gpu
-@NEEDS_GPU
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_tokens", [1, 33, 256])
 def test_every_proposal_equals_the_reference(num_tokens: int, dtype: torch.dtype) -> None:
@@ -35,7 +33,6 @@ def test_every_proposal_equals_the_reference(num_tokens: int, dtype: torch.dtype
 
 
 @pytest.mark.gpu
-@NEEDS_GPU
 def test_serves_fewer_tokens_than_it_was_chosen_for_and_a_bias() -> None:
     torch.manual_seed(0)
     weight = torch.randn(768, 512, dtype=torch.bfloat16, device="cuda") * 0.05

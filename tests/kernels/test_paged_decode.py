@@ -11,7 +11,6 @@ from octavo_kernels.ops.attention_metadata import AttentionMetadata, Scoring
 from octavo_kernels.ops.paged_attention import example_inputs, plan_attention, run_attention
 from octavo_kernels.ops.paged_decode import LAUNCH, Launch, compile_examples, plan_decodes, run_decodes
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # Tiles of 16 tokens at the sizes below, so that short contexts have many and a few workers share them.
 SMALL_TILES = Launch(16, 1, 1, num_warps=4, num_stages=3)
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -100,7 +99,7 @@ def test_real_heads_with_real_launch_parameters(device: torch.device, head_dim: 
         (torch.float32, torch.bfloat16),
         (torch.float16, torch.float32),
         # The interpreter multiplies bfloat16 wrongly.
-        pytest.param(torch.bfloat16, torch.bfloat16, marks=[pytest.mark.gpu, NEEDS_GPU]),
+        pytest.param(torch.bfloat16, torch.bfloat16, marks=pytest.mark.gpu),
     ],
 )
 def test_types(device: torch.device, query_dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
@@ -239,7 +238,6 @@ def test_every_variant_has_examples_to_compile() -> None:
 
 
 @pytest.mark.gpu
-@NEEDS_GPU
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_full_size_batches_on_the_gpu(device: torch.device, head_dim: int, cache_dtype: torch.dtype) -> None:
@@ -256,7 +254,6 @@ def test_full_size_batches_on_the_gpu(device: torch.device, head_dim: int, cache
 
 
 @pytest.mark.gpu
-@NEEDS_GPU
 def test_a_captured_plan_serves_other_lengths(device: torch.device) -> None:
     torch.manual_seed(0)
     query, cache, metadata = example_inputs([1] * 4, [2000, 3000, 1500, 4000], head_dim=64, block_size=16)
@@ -280,7 +277,6 @@ def test_a_captured_plan_serves_other_lengths(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@NEEDS_GPU
 def test_examples_compile_for_this_gpu(device: torch.device) -> None:
     major, minor = torch.cuda.get_device_capability()
     for example in compile_examples("hopper"):

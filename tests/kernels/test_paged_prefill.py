@@ -11,7 +11,6 @@ from octavo_kernels.ops.paged_attention import example_inputs, plan_attention, r
 from octavo_kernels.ops.paged_attention_triton import plan_triton_attention
 from octavo_kernels.ops.paged_prefill import LAUNCH, Launch, compile_examples, plan_chunks, run_chunks
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # Tiles of 32 rows and 16 tokens at the sizes below, so that short chunks have several.
 SMALL_TILES = Launch(32, 16, num_warps=4, num_stages=2)
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -101,7 +100,7 @@ def test_real_heads_with_real_launch_parameters(device: torch.device, head_dim: 
         (torch.float32, torch.bfloat16),
         (torch.float16, torch.float32),
         # The interpreter multiplies bfloat16 wrongly.
-        pytest.param(torch.bfloat16, torch.bfloat16, marks=[pytest.mark.gpu, NEEDS_GPU]),
+        pytest.param(torch.bfloat16, torch.bfloat16, marks=pytest.mark.gpu),
     ],
 )
 def test_types(device: torch.device, query_dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
@@ -196,7 +195,6 @@ def test_every_variant_has_examples_to_compile() -> None:
 
 
 @pytest.mark.gpu
-@NEEDS_GPU
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn])
@@ -217,7 +215,6 @@ def test_full_size_batches_on_the_gpu(
 
 
 @pytest.mark.gpu
-@NEEDS_GPU
 def test_examples_compile_for_this_gpu(device: torch.device) -> None:
     major, minor = torch.cuda.get_device_capability()
     for example in compile_examples("hopper"):

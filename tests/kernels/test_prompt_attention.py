@@ -9,7 +9,6 @@ from octavo_kernels.ops.paged_attention import example_inputs, run_attention
 from octavo_kernels.ops.paged_attention_triton import plan_triton_attention
 from octavo_kernels.ops.prompt_attention import PromptRows, find_prompts, is_plain
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CACHE = torch.zeros(1, 2, 16, 2, 64, dtype=torch.bfloat16)
 
 
@@ -50,7 +49,6 @@ def test_scores_that_are_more_than_scaled_are_not_plain() -> None:
 
 
 @pytest.mark.gpu
-@NEEDS_GPU
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
     ("lens", "contexts"),

@@ -160,8 +160,7 @@ def test_kernel_scales_and_clamps_float8(device: torch.device) -> None:
     torch.testing.assert_close(inputs["kv_cache_layer"].float(), expected.float(), equal_nan=True, atol=0, rtol=0)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter does not round to float8")
+@pytest.mark.gpu  # the interpreter does not round to float8
 def test_rounds_rotated_keys_to_float8(device: torch.device) -> None:
     if variant_of(device) not in FLOAT8_VARIANTS:
         pytest.skip("this GPU has no float8")
@@ -181,7 +180,6 @@ def test_rounds_rotated_keys_to_float8(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_is_captured_in_a_graph(device: torch.device) -> None:
     torch.manual_seed(0)
     case = CASES["qwen3"]

@@ -16,7 +16,6 @@ HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 # Weights far below the best's are exp2 of what overflows to -inf: 0, as they should be. numpy, the interpreter, warns.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]
 
 # Shares that no number of equally likely tokens meets exactly: there, rounding decides.
 FILTERS = {
@@ -294,7 +293,7 @@ def test_every_variant_has_launch_parameters(variant: str, module) -> None:
 class TestAtFullSize:
     """512 rows of 128256 logits."""
 
-    pytestmark = gpu
+    pytestmark = pytest.mark.gpu
 
     @pytest.mark.parametrize("spread", [0.3, 3.0])
     def test_keeps_what_sorting_keeps_but_for_rounding(self, spread: float) -> None:

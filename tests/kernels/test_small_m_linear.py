@@ -114,7 +114,6 @@ def test_equals_reference(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("is_gated", [False, True], ids=["one", "gated"])
 @pytest.mark.parametrize("num_tokens", [1, 4, 16, 64])
 def test_equals_reference_at_a_real_size(num_tokens: int, is_gated: bool) -> None:

@@ -11,8 +11,6 @@ from octavo_engine.bench.linears import linear_shapes, measure_linears
 from octavo_engine.bench.models import find_model
 from octavo_engine.bench.timing import median_s
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
-
 
 def test_works_take_turns() -> None:
     calls: list[str] = []
@@ -54,7 +52,6 @@ def test_rates_of_the_cpu_are_positive() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_a_gpu_reads_multiplies_and_sustains() -> None:
     ceilings = measure_gpu_ceilings(sustained_s=0.2)
     assert ceilings.read_gb_s > 100
@@ -64,7 +61,6 @@ def test_a_gpu_reads_multiplies_and_sustains() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_linears_of_a_gpu_are_timed_in_graphs() -> None:
     shapes = _shapes(find_model("tiny-llama"))
     times = measure_linears(shapes, torch.device("cuda"), torch.bfloat16, num_rows=[1, 16])
