@@ -1,11 +1,13 @@
 """The operator as its users run it, for tests on the real API server: a process, resources, a record of statuses."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -73,6 +75,24 @@ class OperatorProcess:
             return error.code
         except OSError:
             return 0
+
+    @contextlib.contextmanager
+    def probed(self, path: str) -> Iterator[set[int]]:
+        """All that `path` answers while the block runs, asked again and again."""
+        seen: set[int] = set()
+        is_over = threading.Event()
+
+        def ask() -> None:
+            while not is_over.wait(0.01):
+                seen.add(self.probe(path))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            yield seen
+        finally:
+            is_over.set()
+            asking.join()
 
     def metrics(self) -> dict[str, float]:
         with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=5) as answer:

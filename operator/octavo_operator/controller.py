@@ -218,9 +218,8 @@ class Controller:
         )
         resync = asyncio.create_task(self._resync(api), name="resync")
         lead = asyncio.create_task(self._contend(api, reconciler), name="lead")
-        watched: frozenset[Kind] | None = None
         try:
-            while watched != self._kinds:
+            while True:
                 watched = self._kinds
                 self._watches = asyncio.create_task(self._watch(api, watched), name="watches")
                 await asyncio.wait({self._watches, resync, lead}, return_when=asyncio.FIRST_COMPLETED)
@@ -228,9 +227,10 @@ class Controller:
                     if task.done():
                         task.result()
                 await self._find_kinds(api)
+                if watched == self._kinds:
+                    # No kind's going made them fail.
+                    self._watches.result()
                 self._enqueue_all()
-            assert self._watches is not None
-            self._watches.result()
         finally:
             # The leader first: it gives its Lease back.
             for task in filter(None, (lead, resync, self._watches)):
@@ -386,8 +386,6 @@ class Controller:
 
     def health_problem(self) -> str:
         """Why this process should be restarted."""
-        if self._watches is not None and self._watches.done():
-            return "the watches have ended"
         idle_s = asyncio.get_running_loop().time() - self._last_progress
         if self._is_leading and self._queue.num_in_work and idle_s > _STUCK_AFTER_S:
             return f"no pass ended for {idle_s:.0f} s"

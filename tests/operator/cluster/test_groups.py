@@ -167,10 +167,17 @@ def test_a_model_over_two_nodes_lives_as_a_leader_worker_set(
     (deployment,) = objects.list("Deployment", namespace, OWN)
     assert deployment["metadata"]["name"] == "huge-h100"
 
-    # Without the CRD all is as it was before.
-    leader_worker_sets.uninstall()
-    objects.merge(
-        "InferenceService", "huge", {"spec": {"model": {"geometry": geometry_to_data(LLAMA_405B)}}}, namespace
-    )
-    wait_for(get_service, "huge", "False", "LeaderWorkerSetMissing")
-    assert own_operator.probe("/healthz") == 200
+    def has_begun_anew() -> bool:
+        # Said at the start, too.
+        is_noticed = own_operator.log.read_text().count("no LeaderWorkerSet objects") == 2
+        return is_noticed and own_operator.probe("/readyz") == 200
+
+    # Without the CRD all is as it was before; its going ends the watches, which begin anew in a healthy process.
+    with own_operator.probed("/healthz") as answers:
+        leader_worker_sets.uninstall()
+        objects.merge(
+            "InferenceService", "huge", {"spec": {"model": {"geometry": geometry_to_data(LLAMA_405B)}}}, namespace
+        )
+        wait_for(get_service, "huge", "False", "LeaderWorkerSetMissing")
+        eventually(has_begun_anew, "the watches begin anew")
+    assert answers == {200}
