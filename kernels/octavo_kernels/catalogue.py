@@ -1,4 +1,4 @@
-"""Every Triton kernel of this package: found by its module's `LAUNCH` tables and `compile_examples`, compiled without a
+"""Every GPU kernel of this package: found by its module's `LAUNCH` tables and `compile_examples`, compiled without a
 GPU for any of the hardware table's.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import triton.backends.nvidia
 
 from octavo_kernels import ops
+from octavo_kernels.cuda_source import CudaKernel, compile_cubin
 from octavo_kernels.hardware import GENERIC, HARDWARE, ComputeCapability
 from octavo_kernels.launch import VARIANTS, CompileExample, compile_example
 
@@ -72,7 +73,7 @@ def launch_tables(variant: str) -> dict[str, Any]:
     }
 
 
-def examples(variant: str) -> list[CompileExample]:
+def examples(variant: str) -> list[CompileExample | CudaKernel]:
     """Representative launches of every kernel, with a variant's launch parameters."""
     return [
         example
@@ -96,7 +97,9 @@ def compile_all(variants: tuple[str, ...] = VARIANTS, num_processes: int | None 
             yield from pool.map(partial(_compile, capability), of_capability.values())
 
 
-def _identity(example: CompileExample) -> object:
+def _identity(example: CompileExample | CudaKernel) -> object:
+    if isinstance(example, CudaKernel):
+        return example
     return (
         example.name, repr(example.function), tuple(example.signature.items()),
         tuple((name, repr(value)) for name, value in example.constexprs.items()), example.num_warps, example.num_stages,
@@ -106,6 +109,10 @@ def _identity(example: CompileExample) -> object:
 def _compile(capability: ComputeCapability, job: tuple[str, int]) -> Compiled:
     variant, index = job
     example = examples(variant)[index]
+    if isinstance(example, CudaKernel):
+        cubin = compile_cubin(example, capability)
+        registers, _ = _resources(cubin.code)
+        return Compiled(example.name, capability, registers, example.shared_bytes, cubin.spill_bytes)
     major, minor = capability
     kernel = compile_example(example, major * 10 + minor)
     registers, stack_bytes = _resources(kernel.asm["cubin"])

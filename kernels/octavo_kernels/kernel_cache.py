@@ -1,4 +1,4 @@
-"""Where Triton keeps machine code: a folder that may outlive a process and serve several nodes, such as a volume.
+"""Where machine code is kept: Triton's folder, which may outlive a process and serve several nodes, such as a volume.
 
 What is not there is compiled when it is first launched, which takes as long as many steps: an engine wants to know.
 """
@@ -30,11 +30,26 @@ def use_kernel_cache(folder: Path, octavo_version: str, capability: ComputeCapab
     return path
 
 
+def kernel_folder() -> Path:
+    """The folder that `use_kernel_cache` chose, or Triton's own."""
+    return Path(triton.knobs.cache.dir)
+
+
+_reports: list[Callable[[str, float], None]] = []
+
+
 def report_compilations(report: Callable[[str, float], None]) -> None:
     """Call `report` with the name and the seconds of each kernel that this process compiles from now on."""
+    _reports[:] = [report]
 
     def on_compiled(*, src: Any, times: Any, cache_hit: bool, **_: object) -> None:
         if not cache_hit:
-            report(str(src.name), times.total / 1e6)
+            tell_of_compilation(str(src.name), times.total / 1e6)
 
     triton.knobs.compilation.listener = on_compiled
+
+
+def tell_of_compilation(name: str, seconds: float) -> None:
+    """Tell whoever asked with `report_compilations`."""
+    for report in _reports:
+        report(name, seconds)

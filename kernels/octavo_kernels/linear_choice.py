@@ -16,17 +16,17 @@ from typing import Any
 import torch
 
 from octavo_kernels.hardware import identify_gpu
-from octavo_kernels.ops import cublaslt_linear, gemv, small_m_linear
+from octavo_kernels.ops import cublaslt_linear, gemv, small_m_linear, wgmma_linear
 
 logger = logging.getLogger(__name__)
 
 DIRECTORY = Path(__file__).with_name("linear_choices")
-# None is cuBLAS by its own choice.
-Launch = cublaslt_linear.Launch | gemv.Launch | small_m_linear.Launch | None
+Launch = cublaslt_linear.Launch | gemv.Launch | small_m_linear.Launch | wgmma_linear.Launch
 _LAUNCHES: Mapping[str, type[Any]] = {
     "cublaslt": cublaslt_linear.Launch,
     "gemv": gemv.Launch,
     "small_m_linear": small_m_linear.Launch,
+    "wgmma_linear": wgmma_linear.Launch,
 }
 
 
@@ -41,30 +41,33 @@ class LinearShape:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The winner for a weight and a number of tokens. cublas_us: what it won against, in microseconds, as `us`."""
+    """The winner for a weight and a number of tokens.
+
+    launch: None is cuBLAS by its own choice; cublas_us: what it won against, in microseconds, as `us`
+    """
 
     shape: LinearShape
     num_tokens: int
-    launch: Launch
+    launch: Launch | None
     us: float
     cublas_us: float
 
 
 # By number of tokens, from 0 to the largest measured.
-Launches = tuple[Launch, ...]
+Launches = tuple[Launch | None, ...]
 LinearChoices = Mapping[LinearShape, Launches]
 
 
 def by_num_tokens(choices: Iterable[Choice]) -> LinearChoices:
     """For each weight the launch of each number of tokens: that of the next larger one which was measured."""
-    measured: dict[LinearShape, dict[int, Launch]] = {}
+    measured: dict[LinearShape, dict[int, Launch | None]] = {}
     for choice in choices:
         measured.setdefault(choice.shape, {})[choice.num_tokens] = choice.launch
     return {shape: _fill(launches) for shape, launches in measured.items()}
 
 
-def _fill(measured: Mapping[int, Launch]) -> Launches:
-    filled: list[Launch] = [None]
+def _fill(measured: Mapping[int, Launch | None]) -> Launches:
+    filled: list[Launch | None] = [None]
     for before, num_tokens in pairwise([0, *sorted(measured)]):
         filled += [measured[num_tokens]] * (num_tokens - before)
     return tuple(filled)
@@ -98,11 +101,11 @@ def _from_json(row: dict[str, Any]) -> Choice:
     return Choice(shape, num_tokens, _launch_of(fields.pop("kernel"), fields), us, cublas_us)
 
 
-def _kernel_of(launch: Launch) -> str:
+def _kernel_of(launch: Launch | None) -> str:
     return next((name for name, kind in _LAUNCHES.items() if isinstance(launch, kind)), "cublas")
 
 
-def _launch_of(kernel: str, fields: dict[str, Any]) -> Launch:
+def _launch_of(kernel: str, fields: dict[str, Any]) -> Launch | None:
     return None if kernel == "cublas" else _LAUNCHES[kernel](**fields)
 
 

@@ -16,8 +16,8 @@ import torch
 from torch.nn import functional
 
 from octavo_kernels import linear_choice
-from octavo_kernels.linear_choice import LinearChoices, LinearShape
-from octavo_kernels.ops import cublaslt_linear, gemv, small_m_linear
+from octavo_kernels.linear_choice import Launch, LinearChoices, LinearShape
+from octavo_kernels.ops import cublaslt_linear, gemv, small_m_linear, wgmma_linear
 from octavo_kernels.ops.silu_and_mul import silu_and_mul
 
 _MAX_WEIGHT = 127
@@ -152,19 +152,15 @@ class GpuLinear:
             return silu_and_mul(self(hidden))
         return self._run(hidden, launch, is_gated=True)
 
-    def _run(
-        self,
-        hidden: torch.Tensor,
-        launch: cublaslt_linear.Launch | gemv.Launch | small_m_linear.Launch,
-        *,
-        is_gated: bool,
-    ) -> torch.Tensor:
+    def _run(self, hidden: torch.Tensor, launch: Launch, *, is_gated: bool) -> torch.Tensor:
         if isinstance(launch, gemv.Launch):
             return gemv.gemv(hidden, self.weight, self.bias, launch, is_gated=is_gated)
         if isinstance(launch, small_m_linear.Launch):
             return small_m_linear.small_m_linear(
                 hidden, self.weight, self.bias, launch, self._arrivals, is_gated=is_gated
             )
+        if isinstance(launch, wgmma_linear.Launch):
+            return wgmma_linear.wgmma_linear(hidden, self.weight, self.bias, launch, is_gated=is_gated)
         output = cublaslt_linear.cublaslt_linear(hidden, self.weight, launch)
         if self.bias is not None:
             output += self.bias

@@ -14,11 +14,11 @@ import torch
 from torch.nn import functional
 
 from octavo_kernels.linear_choice import Choice, Launch, LinearChoices, LinearShape, by_num_tokens
-from octavo_kernels.ops import cublaslt_linear, gemv, small_m_linear
+from octavo_kernels.ops import cublaslt_linear, gemv, small_m_linear, wgmma_linear
 from octavo_kernels.ops.gemv import reference
 from octavo_kernels.ops.linear import GpuLinear
 from octavo_kernels.ops.silu_and_mul import silu_and_mul
-from octavo_kernels.tuning.linear_candidates import AnyLaunch, OwnLaunch, candidates, compile_key, describe, proposals
+from octavo_kernels.tuning.linear_candidates import OwnLaunch, candidates, compile_key, describe, proposals
 from octavo_kernels.tuning.targets import Layer, Target
 from octavo_kernels.tuning.timing import median_us
 
@@ -53,19 +53,21 @@ class Bench:
         size = (num_tokens, self.shape.in_features)
         return torch.randn(size, dtype=_DTYPE, device=self.device, generator=self.generator)
 
-    def call(self, launch: Launch, hidden: torch.Tensor, copy: int = 0) -> torch.Tensor:
+    def call(self, launch: Launch | None, hidden: torch.Tensor, copy: int = 0) -> torch.Tensor:
         """The layer, once. No launch: cuBLAS and, gated, the activation by itself."""
         weight, is_gated = self.weights[copy], self.shape.is_gated
         if isinstance(launch, gemv.Launch):
             return gemv.gemv(hidden, weight, None, launch, is_gated=is_gated)
         if isinstance(launch, small_m_linear.Launch):
             return small_m_linear.small_m_linear(hidden, weight, None, launch, self.arrivals, is_gated=is_gated)
+        if isinstance(launch, wgmma_linear.Launch):
+            return wgmma_linear.wgmma_linear(hidden, weight, None, launch, is_gated=is_gated)
         if isinstance(launch, cublaslt_linear.Launch):
             return cublaslt_linear.cublaslt_linear(hidden, weight, launch)
         output = functional.linear(hidden, weight)
         return silu_and_mul(output) if is_gated else output
 
-    def time_us(self, launch: Launch, hidden: torch.Tensor) -> float:
+    def time_us(self, launch: Launch | None, hidden: torch.Tensor) -> float:
         """Microseconds of one call."""
         return median_us(lambda copy: self.call(launch, hidden, copy), len(self.weights), self.device)
 
@@ -74,7 +76,7 @@ class Bench:
         layers = [GpuLinear(weight, None, plain) for weight in self.weights]
         return median_us(lambda copy: layers[copy].silu_and_mul(hidden), len(layers), self.device)
 
-    def problem_of(self, launch: AnyLaunch, hidden: torch.Tensor, expected: torch.Tensor) -> str | None:
+    def problem_of(self, launch: Launch, hidden: torch.Tensor, expected: torch.Tensor) -> str | None:
         """Why a candidate may not be chosen: its error, a gap in its output, other bits the second time; or None."""
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
         first, second = self.call(launch, hidden), self.call(launch, hidden)
@@ -96,7 +98,7 @@ class Measured:
     layer: Layer
     choice: Choice
     fallback_us: float
-    best: AnyLaunch | None
+    best: Launch | None
     best_us: float
 
 
@@ -115,10 +117,8 @@ def tune_linear(
     deadline_s: time.monotonic() after which no further layer is begun; report: takes lines for the user
     """
     layers = [layer for target in targets for layer in target.layers]
-    num_multiprocessors = 1
     if device.type == "cuda":
-        num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        _compile_all(layers, all_num_tokens, num_multiprocessors, num_processes, report)
+        _compile_all(layers, all_num_tokens, device, num_processes, report)
     choices: list[Choice] = []
     for target in targets:
         rows: list[Measured] = []
@@ -127,7 +127,7 @@ def tune_linear(
                 report(f"out of time before {target.name} {layer.name}")
                 return
             bench = Bench(layer.shape, _num_copies(layer.shape, device), device)
-            measured = _measure(bench, layer, all_num_tokens, by_num_tokens(choices), num_multiprocessors, report)
+            measured = _measure(bench, layer, all_num_tokens, by_num_tokens(choices), report)
             new = []
             for row in measured:
                 report(_row(target.name, row))
@@ -149,7 +149,6 @@ def _measure(
     layer: Layer,
     all_num_tokens: Iterable[int],
     plain: LinearChoices,
-    num_multiprocessors: int,
     report: Report,
 ) -> Iterator[Measured]:
     """One weight for each number of tokens. plain: what was chosen so far, for what a gate falls back to."""
@@ -159,8 +158,8 @@ def _measure(
         expected = reference(hidden, bench.weights[0], None, is_gated=shape.is_gated)
         cublas_us = bench.time_us(None, hidden)
         fallback_us = bench.fallback_us(hidden, plain) if shape.is_gated else cublas_us
-        times: dict[AnyLaunch, float] = {}
-        tried = candidates(shape, num_tokens, num_multiprocessors)
+        times: dict[Launch, float] = {}
+        tried = candidates(shape, num_tokens, bench.device)
         for launch in (*tried, *proposals(shape, num_tokens, _DTYPE, bench.device)):
             if problem := bench.problem_of(launch, hidden, expected):
                 report(f"WRONG: {launch}: {problem}")
@@ -188,7 +187,7 @@ def _compile_job(job: Job) -> None:
 def _compile_all(
     layers: Iterable[Layer],
     all_num_tokens: Sequence[int],
-    num_multiprocessors: int,
+    device: torch.device,
     num_processes: int,
     report: Report,
 ) -> None:
@@ -196,7 +195,7 @@ def _compile_all(
     jobs: dict[tuple[object, ...], Job] = {}
     for layer in sorted(layers, key=lambda layer: layer.shape.out_features * layer.shape.in_features):
         for num_tokens in all_num_tokens:
-            for launch in candidates(layer.shape, num_tokens, num_multiprocessors):
+            for launch in candidates(layer.shape, num_tokens, device):
                 jobs.setdefault(compile_key(layer.shape, num_tokens, launch), (layer.shape, num_tokens, launch))
     start_s = time.monotonic()
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:

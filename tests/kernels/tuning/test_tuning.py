@@ -39,7 +39,7 @@ def tune(monkeypatch: pytest.MonkeyPatch, times_us: list[float], num_tokens: tup
 
     monkeypatch.setattr(linear, "_DTYPE", torch.float32)  # the interpreter multiplies no bfloat16
     monkeypatch.setattr(linear, "median_us", median_us)
-    monkeypatch.setattr(linear, "candidates", lambda shape, num_tokens, num_multiprocessors: [GEMV, DOT])
+    monkeypatch.setattr(linear, "candidates", lambda shape, num_tokens, device: [GEMV, DOT])
     choices: list[Choice] = []
     report: list[str] = []
     with interpret_on_cpu():
