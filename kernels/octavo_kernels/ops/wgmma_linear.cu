@@ -349,5 +349,5 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     }
   }
   // Nobody leaves while another block may still write into its memory or arrive at its barriers.
-  if (CLUSTER_K == 1) meet_cluster();
+  if (CLUSTER_K == 1) sync_cluster();
 }
