@@ -1,21 +1,23 @@
 """Which implementation of a linear layer is fastest for a weight and a number of tokens, as measured for each GPU.
 
 One JSON file per GPU lies in `linear_choices/`, written by `octavo kernels tune` and named by the row of the
-hardware table. cuBLAS serves whatever was not measured: an unknown GPU, another shape, more tokens.
+hardware table. A weight of another shape, or a GPU of the same chip, follows the nearest that was measured, as far as
+Octavo's own kernels won there. cuBLAS serves the rest: another chip, a shape far from all, more tokens.
 """
 
 import functools
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from octavo_kernels.hardware import identify_gpu
+from octavo_kernels.hardware import HARDWARE, Hardware, identify_gpu
 from octavo_kernels.ops import cublaslt_linear, gemv, small_m_linear, wgmma_linear
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ _LAUNCHES: Mapping[str, type[Any]] = {
     "small_m_linear": small_m_linear.Launch,
     "wgmma_linear": wgmma_linear.Launch,
 }
+# A weight is near another one if neither of its sides is longer or shorter by more than this factor.
+_NEAR: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,29 @@ def _fill(measured: Mapping[int, Launch | None]) -> Launches:
     return tuple(filled)
 
 
+def launches_for(choices: LinearChoices, shape: LinearShape) -> Launches:
+    """What was measured for a weight or, of Octavo's own kernels, for the nearest one; nothing if that is not near."""
+    if shape in choices:
+        return choices[shape]
+    near = [each for each in choices if each.is_gated == shape.is_gated and _distance(each, shape) <= math.log(_NEAR)]
+    if not near:
+        return ()
+    nearest = choices[min(near, key=functools.partial(_distance, shape))]
+    return tuple(launch if _suits(launch, shape) else None for launch in nearest)
+
+
+def _distance(one: LinearShape, other: LinearShape) -> float:
+    sides = (one.out_features / other.out_features, one.in_features / other.in_features)
+    return max(abs(math.log(ratio)) for ratio in sides)
+
+
+def _suits(launch: Launch | None, shape: LinearShape) -> bool:
+    """Whether a launch that was measured for another weight does for this one. An algorithm of cuBLASLt never does."""
+    if isinstance(launch, wgmma_linear.Launch):
+        return wgmma_linear.takes(shape.out_features, shape.in_features, is_gated=shape.is_gated)
+    return isinstance(launch, gemv.Launch | small_m_linear.Launch)
+
+
 def write_choices(path: Path, choices: Iterable[Choice], measured: Mapping[str, str]) -> None:
     """Write a GPU's file. measured: where the numbers come from (GPU, versions, date)."""
     rows = ",\n  ".join(json.dumps(_to_json(choice)) for choice in choices)
@@ -111,18 +138,38 @@ def _launch_of(kernel: str, fields: dict[str, Any]) -> Launch | None:
 
 @functools.cache
 def choices_for(device: torch.device) -> LinearChoices:
-    """The choices measured on a GPU of this product; none for a device that is not in the hardware table by name."""
-    if device.type != "cuda":
-        return {}
-    product = torch.cuda.get_device_properties(device).name
+    """The choices for a GPU's product; none for a device that is not in the hardware table by name."""
+    return shipped_choices(torch.cuda.get_device_properties(device).name) if device.type == "cuda" else {}
+
+
+def shipped_choices(product: str) -> LinearChoices:
+    """What was measured on a product or, of Octavo's own kernels, on the nearest one with its chip; else nothing."""
     match = identify_gpu(product)
-    path = DIRECTORY / f"{match.hardware.name}.json"
-    if match.how != "product" or not path.exists():
-        logger.info("linear layers on %s (%s) all run on cuBLAS: no choices were measured for it", device, product)
+    measured_on = _measured_like(match.hardware) if match.how == "product" else None
+    if measured_on is None:
+        logger.info("linear layers on %s all run on cuBLAS: no choices were measured for it", product)
         return {}
-    choices = by_num_tokens(map(_understood, read_choices(path)))
-    logger.info("linear layers on %s follow %s, %d shapes", device, path.name, len(choices))
-    return choices
+    choices = read_choices(DIRECTORY / f"{measured_on}.json")
+    if measured_on == match.hardware.name:
+        by_shape = by_num_tokens(map(_understood, choices))
+    else:
+        by_shape = by_num_tokens(
+            choice if _suits(choice.launch, choice.shape) else replace(choice, launch=None) for choice in choices
+        )
+    logger.info("linear layers on %s follow what was measured on %s, %d shapes", product, measured_on, len(by_shape))
+    return by_shape
+
+
+def _measured_like(hardware: Hardware) -> str | None:
+    """The name of the row with measured choices, the chip's instructions and size, and the nearest bandwidth."""
+    measured = [row for row in HARDWARE if _chip(row) == _chip(hardware) and (DIRECTORY / f"{row.name}.json").exists()]
+    bandwidth = hardware.memory_bandwidth_gbps
+    nearest = min(measured, key=lambda row: abs(row.memory_bandwidth_gbps - bandwidth), default=None)
+    return None if nearest is None else nearest.name
+
+
+def _chip(hardware: Hardware) -> tuple[object, ...]:
+    return hardware.compute_capability, hardware.num_sms
 
 
 def _understood(choice: Choice) -> Choice:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from octavo_kernels import linear_choice
-from octavo_kernels.hardware import BY_NAME
 from octavo_kernels.launch import VARIANTS
 from octavo_kernels.linear_choice import Choice, LinearShape, by_num_tokens, read_choices, write_choices
 from octavo_kernels.ops import gemv, small_m_linear
@@ -193,12 +191,6 @@ def test_choices_survive_their_file(tmp_path: Path) -> None:
         read_choices(path)
 
 
-def test_shipped_choices_are_for_gpus_of_the_hardware_table() -> None:
-    for path in linear_choice.DIRECTORY.glob("*.json"):
-        assert path.stem in BY_NAME
-        assert by_num_tokens(read_choices(path))
-
-
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 9])
 def test_a_layer_equals_reference_whatever_was_chosen(num_tokens: int) -> None:
     hidden, weight, bias = example(num_tokens, 48, 64, torch.float32)
@@ -209,7 +201,7 @@ def test_a_layer_equals_reference_whatever_was_chosen(num_tokens: int) -> None:
     assert relative_error(linear_silu_and_mul(layer, hidden), expected) < 1e-5
 
 
-def test_a_shape_that_was_not_measured_runs_on_torch() -> None:
-    hidden, weight, bias = example(1, 40, 64, torch.float32)
+def test_a_shape_far_from_all_that_were_measured_runs_on_torch() -> None:
+    hidden, weight, bias = example(1, 40, 24, torch.float32)
     output = GpuLinear(weight, bias, by_num_tokens(choices(48, 64)))(hidden)
     assert torch.equal(output, torch.nn.functional.linear(hidden, weight, bias))

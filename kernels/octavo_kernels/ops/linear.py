@@ -9,7 +9,7 @@ every fifth token changes, so it is not among the choices.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -114,7 +114,7 @@ class TorchInt8Linear:
 
 
 class GpuLinear:
-    """16-bit floats on a GPU: for each number of tokens what was measured to be fastest on that GPU, often cuBLAS.
+    """16-bit floats on a GPU: for each number of tokens what `linear_choice` holds for that GPU, often cuBLAS.
 
     It keeps a reference to the weight, no copy. Calls of one layer must not overlap on several streams.
     """
@@ -125,8 +125,9 @@ class GpuLinear:
         self.num_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
         choices = linear_choice.choices_for(weight.device) if choices is None else choices
         out_features, in_features = weight.shape
-        self._launches = choices.get(LinearShape(out_features, in_features), ())
-        self._gated_launches = choices.get(LinearShape(out_features, in_features, is_gated=True), ())
+        shape = LinearShape(out_features, in_features)
+        self._launches = linear_choice.launches_for(choices, shape)
+        self._gated_launches = linear_choice.launches_for(choices, replace(shape, is_gated=True))
         num_arrivals = max(
             (
                 launch.num_arrivals(out_features)

@@ -34,6 +34,7 @@ _SHARED_BYTES: Final = 227 << 10
 _BARRIER_BYTES: Final = 16
 _MAX_STAGES: Final = 8
 _ALIGNMENT: Final = 16
+_ITEM_BYTES: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,12 @@ def wgmma_linear(
     kernel = kernel_of(launch, dtype, is_gated=is_gated, has_bias=bias is not None)
     launch_kernel(kernel, num_clusters * launch.cluster, arguments, hidden.device)
     return output
+
+
+def takes(out_features: int, in_features: int, *, is_gated: bool) -> bool:
+    """Whether rows of a weight and of its output are multiples of 16 bytes, as `wgmma_linear` asks."""
+    num_columns = out_features // 2 if is_gated else out_features
+    return in_features * _ITEM_BYTES % _ALIGNMENT == 0 and num_columns * _ITEM_BYTES % _ALIGNMENT == 0
 
 
 def num_groups(num_tokens: int, out_features: int, launch: Launch) -> int:

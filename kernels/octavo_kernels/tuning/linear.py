@@ -127,7 +127,8 @@ def tune_linear(
                 report(f"out of time before {target.name} {layer.name}")
                 return
             bench = Bench(layer.shape, _num_copies(layer.shape, device), device)
-            measured = _measure(bench, layer, all_num_tokens, by_num_tokens(choices), report)
+            plain = by_num_tokens(choice for choice in choices if not choice.shape.is_gated)
+            measured = _measure(bench, layer, all_num_tokens, plain, report)
             new = []
             for row in measured:
                 report(_row(target.name, row))
@@ -151,7 +152,7 @@ def _measure(
     plain: LinearChoices,
     report: Report,
 ) -> Iterator[Measured]:
-    """One weight for each number of tokens. plain: what was chosen so far, for what a gate falls back to."""
+    """One weight for each number of tokens. plain: what was chosen without a gate, which one falls back to."""
     shape = layer.shape
     for num_tokens in all_num_tokens:
         hidden = bench.hidden(num_tokens)
