@@ -9,14 +9,17 @@ that nobody references are evicted, least recently used first. Source of the ide
 import heapq
 from collections.abc import Iterator, Sequence
 from itertools import count
+from typing import Final
 
 from octavo_engine.block_pool import BlockPool
 
 BlockTokens = tuple[int, ...]
+# The root's.
+NO_BLOCK: Final = -1
 
 
 class Node:
-    """One full block in the tree. The root has no block (`block_id` -1)."""
+    """One full block in the tree. The root has none."""
 
     __slots__ = ("block_id", "children", "last_used", "parent", "tokens")
 
@@ -35,7 +38,7 @@ class PrefixCache:
         self._pool = pool
         self._block_size = block_size
         self._is_enabled = is_enabled
-        self.root = Node(None, (), -1)
+        self.root = Node(None, (), NO_BLOCK)
         self._num_nodes = 0
         self._clock = count(1)
         # Candidates for eviction as (last_used, tie-breaker, node), offered where their block may have become nobody's.
@@ -67,9 +70,9 @@ class PrefixCache:
     def extend(self, node: Node, tokens: BlockTokens, block_id: int) -> Node:
         """Publish a block that was just filled, as a child of `node`; return the node that now stands for it.
 
-        If another request published the same tokens first, its node is returned and `block_id` stays private.
+        The caller holds the block of `node`. If another request published the same tokens first, its node is returned.
         """
-        if not self._is_enabled or self._is_evicted(node):
+        if not self._is_enabled:
             return node
         child = node.children.get(tokens)
         if child is not None:
@@ -85,8 +88,7 @@ class PrefixCache:
 
     def release(self, node: Node) -> None:
         """Tell of a request that published or matched as far as `node` and has dropped its blocks."""
-        if not self._is_evicted(node):
-            self._offer_leaf(node)
+        self._offer_leaf(node)
 
     def evict(self, num_blocks: int) -> int:
         """Free up to `num_blocks` cached blocks, oldest leaves first; return how many were freed."""
@@ -131,10 +133,6 @@ class PrefixCache:
 
     def _is_stale(self, node: Node, last_used: int) -> bool:
         return bool(node.children) or node.last_used != last_used or node.parent is None
-
-    def _is_evicted(self, node: Node) -> bool:
-        """Whether the tree dropped the node: its block was another request's. Below it nothing is published."""
-        return node.parent is None and node is not self.root
 
     def _offer_leaf(self, node: Node) -> None:
         if node is self.root or node.children:

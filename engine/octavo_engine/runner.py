@@ -151,6 +151,7 @@ class Runner:
             host[i].copy_(graph.token_ids[: len(sampled)], non_blocking=True)
         launched = Launched(step, sampled, host, 0.0)
         if not all(is_greedy(request) for request in sampled):
+            assert step.num_rounds == 1, "only greedy tokens follow one another on the device"
             self._sample(launched, graph.logits[: len(sampled)])
         return launched
 

@@ -23,7 +23,7 @@ from typing import Final
 
 from octavo_engine.block_pool import BlockPool
 from octavo_engine.errors import InvalidRequestError
-from octavo_engine.prefix_cache import Node, PrefixCache
+from octavo_engine.prefix_cache import NO_BLOCK, Node, PrefixCache
 from octavo_engine.protocol import FinishReason
 from octavo_engine.request import Request, RequestStatus
 
@@ -103,6 +103,8 @@ class Scheduler:
         self.running: list[Request] = []  # oldest first
         self.counters = SchedulerCounters()
         self._free_slots = list(reversed(range(limits.max_num_seqs)))
+        self._refused: Request | None = None  # the first that waits, for which there were too few blocks
+        self._slack_when_refused = 0
 
     @property
     def has_work(self) -> bool:
@@ -137,7 +139,7 @@ class Scheduler:
     def schedule(self, max_rounds: int = 1) -> Step:
         """Choose the next step and allocate its blocks. An empty step means that nothing can be computed now.
 
-        max_rounds: tokens that each sequence may get if all are decodes
+        max_rounds: tokens that each sequence may get if all are decodes that run already
         """
         step = Step()
         candidates = [request for request in self.running if len(request.token_ids) < request.max_num_tokens]
@@ -157,7 +159,8 @@ class Scheduler:
         self._admit_waiting(step)
         if step.num_tokens > len(step.scheduled):
             step.scheduled.sort(key=lambda each: each.num_tokens > 1)  # stable: decodes first, else in order
-        if max_rounds > 1 and step.scheduled and step.is_decode:
+        # A newcomer may be a decode, too, if all but its last token is cached; the caller did not know of it.
+        if max_rounds > 1 and not step.admitted and step.scheduled and step.is_decode:
             self._add_rounds(step, max_rounds)
         return step
 
@@ -172,12 +175,9 @@ class Scheduler:
             request = each.request
             if each.first_token < request.num_prompt_tokens:
                 self.counters.num_prompt_tokens += min(each.num_tokens, request.num_prompt_tokens - each.first_token)
-            if request.status is not RequestStatus.RUNNING:
-                continue
-            self._publish(request)
-            for fork in each.sampled[1:] if len(each.sampled) > 1 else ():
-                if fork.status is RequestStatus.RUNNING and fork.num_published < request.num_published:
-                    fork.num_published, fork.cache_node = request.num_published, request.cache_node
+            for sequence in each.sampled or (request,):
+                if sequence.status is RequestStatus.RUNNING:
+                    self._publish(sequence)
 
     def deliver(self, request: Request, token_ids: Sequence[int]) -> None:
         """Give a sequence the values of its oldest promised tokens."""
@@ -216,6 +216,8 @@ class Scheduler:
                 return
             if request.num_promised:  # preempted while a step was under way: its tokens must be known first
                 return
+            if request is self._refused and self._slack <= self._slack_when_refused:  # to match it anew takes time
+                return
             if not self._admit(request, step):
                 return
 
@@ -246,9 +248,13 @@ class Scheduler:
         self.pool.share(prefix)
         num_missing = self._num_blocks_for(request.num_tokens + 1) - len(prefix)
         num_uncomputed = request.num_tokens - len(prefix) * self.limits.block_size
-        if self._is_sliver(num_uncomputed, step) or not self._free_up(num_missing + len(self.running)):
+        is_sliver = self._is_sliver(num_uncomputed, step)
+        if is_sliver or not self._free_up(num_missing + len(self.running)):
             self.pool.release(reversed(prefix))
+            if not is_sliver:
+                self._refused, self._slack_when_refused = request, self._slack
             return False
+        self._refused = None
         self.waiting.popleft()
         self._start(request, nodes)
         step.admitted.append(request)
@@ -257,6 +263,11 @@ class Scheduler:
         assert has_room, "admission counted the blocks"
         self._put_into(step, request, num_tokens)
         return True
+
+    @property
+    def _slack(self) -> int:
+        """Blocks that a newcomer could get, those that running requests have in hand left out."""
+        return self.pool.num_free + self.pool.num_cached - len(self.running)
 
     def _is_sliver(self, num_uncomputed: int, step: Step) -> bool:
         """Whether so little is left of a step that has prompts that the next one might as well begin this prompt.
@@ -333,7 +344,11 @@ class Scheduler:
         return forks
 
     def _publish(self, request: Request) -> None:
-        """Tell the prefix cache of the blocks that are full of computed tokens."""
+        """Tell the prefix cache of the blocks that are full of computed tokens.
+
+        Where another request was first with the same tokens, its block takes the place of the own one. So a request
+        holds all blocks above those that it publishes, and no block that is cached alone lies above one in use.
+        """
         size = self.limits.block_size
         node = request.cache_node
         assert node is not None
@@ -341,7 +356,13 @@ class Scheduler:
         while (request.num_published + 1) * size <= num_valid:
             i = request.num_published
             tokens = tuple(request.token_ids[i * size : (i + 1) * size])
-            node = self.prefix_cache.extend(node, tokens, request.block_ids[i])
+            own = request.block_ids[i]
+            node = self.prefix_cache.extend(node, tokens, own)
+            if node.block_id not in (own, NO_BLOCK):
+                self.pool.share([node.block_id])
+                self.pool.release([own])
+                request.block_ids[i] = node.block_id
+                request.num_table_blocks = min(request.num_table_blocks, i)
             request.num_published += 1
         request.cache_node = node
 
@@ -391,11 +412,19 @@ def check_invariants(scheduler: Scheduler) -> None:
     assert len(set(retained)) == len(retained), "two nodes hold one block"
     candidates = {node.block_id for node in scheduler.prefix_cache.candidates()}
     for node in scheduler.prefix_cache.nodes():
+        is_above = all(parent in references for parent in _blocks_above(node))
+        assert is_above or node.block_id not in references, f"block {node.block_id} is in use below one that is not"
         is_lost = not node.children and node.block_id not in references and node.block_id not in candidates
         assert not is_lost, f"cached block {node.block_id} cannot be evicted"
     _check_counts(scheduler, references, retained)
     slots = [request.slot for request in scheduler.running]
     assert sorted(slots + scheduler._free_slots) == list(range(scheduler.limits.max_num_seqs)), "a slot is lost"
+
+
+def _blocks_above(node: Node) -> Iterator[int]:
+    while node.parent is not None and node.parent.parent is not None:
+        node = node.parent
+        yield node.block_id
 
 
 def _check_counts(scheduler: Scheduler, references: dict[int, int], retained: Iterable[int]) -> None:

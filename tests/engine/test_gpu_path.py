@@ -78,6 +78,40 @@ def test_several_rounds_a_step_bring_the_same_tokens(folder: Path, monkeypatch: 
         assert generate(core, max_tokens=7) == expected
 
 
+@pytest.mark.parametrize("params", [{"temperature": 1.0, "seed": 3}, {"logprobs": 1}, {"min_tokens": 5}], ids=str)
+def test_a_newcomer_that_is_a_decode_at_once_is_no_part_of_several_rounds(folder: Path, params: dict) -> None:
+    """All but the last token of its prompt is cached, and unlike those that run it is not greedy alone."""
+    cached = [5] * 17
+
+    def run(max_rounds: int | None) -> dict[str, list[int]]:
+        core, answers = make_core(folder), {"first": [], "running": [], "newcomer": []}
+
+        def step() -> None:
+            core._host_s, core._round_s = 3.0, 1.0  # three rounds while the host prepares a step
+            for output in core.step(max_rounds).outputs:
+                answers[output.request_id] += output.token_ids
+
+        def add(name: str, prompt: list[int], **fields) -> None:
+            sampling = SamplingParams(**{"max_tokens": 12, "ignore_eos": True, "temperature": 0, **fields})
+            core.add_request(AddRequest(name, prompt, sampling, arrival_time_s=0.0))
+
+        add("first", cached, max_tokens=2)
+        while core.has_work:
+            step()
+        add("running", [7, 8, 9, 10])
+        for _ in range(3):
+            step()
+        add("newcomer", cached, **params)
+        for _ in range(40):
+            step()
+        assert not core.has_work
+        check_invariants(core.scheduler)
+        return answers
+
+    with interpret_on_cpu():
+        assert run(max_rounds=None) == run(max_rounds=1)
+
+
 def answer(core: EngineCore, name: str, prompt: list[int], max_tokens: int) -> list[int]:
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0)
     core.add_request(AddRequest(name, prompt, params, arrival_time_s=0.0))
@@ -98,6 +132,24 @@ def test_a_decode_that_goes_on_sends_nothing(folder: Path, monkeypatch: pytest.M
         assert len(sent) == 1
         generate(core, max_tokens=9)
     assert len(sent) > 2, "who comes and who ends is sent"
+
+
+def test_equal_prompts_at_once_share_their_blocks_and_go_on_as_alone(folder: Path) -> None:
+    prompt = [3 + i % 50 for i in range(10)]
+    expected = answer(make_core(folder), "alone", prompt, max_tokens=12)
+    with interpret_on_cpu():
+        core = make_core(folder, max_num_batched_tokens=32)
+        answers: dict[str, list[int]] = {"a": [], "b": []}
+        for name in answers:
+            params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0)
+            core.add_request(AddRequest(name, prompt, params, arrival_time_s=0.0))
+        while core.has_work:
+            for output in core.step().outputs:
+                answers[output.request_id] += output.token_ids
+            check_invariants(core.scheduler)
+            blocks = [request.block_ids[0] for request in core.scheduler.running]
+        assert len(set(blocks)) <= 1
+    assert answers == {"a": expected, "b": expected}
 
 
 def test_a_prompt_that_goes_on_where_another_ended_keeps_its_own_last_token(folder: Path) -> None:

@@ -226,6 +226,52 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert scheduler.counters.num_prefix_cache_hits == 20
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_equal_prompts_at_once_end_up_in_one_copy(n: int) -> None:
+    scheduler = make_scheduler(num_blocks=32)
+    engine = Engine(scheduler, num_ahead=1)
+    for name in ("a", "b"):
+        scheduler.add(make_request(name, [1] * 13, n=n))
+    engine.step()
+    assert {each.num_tokens for each in engine.under_way[0][0].scheduled} == {13}, "both are computed"
+    engine.step()
+    assert len({tuple(each.block_ids[:3]) for each in scheduler.running}) == 1
+    engine.run()
+    assert len(engine.finished) == 2 * n
+
+
+def test_the_oldest_request_has_all_that_is_cached() -> None:
+    """Also what another one with an equal prompt left behind."""
+    scheduler = make_scheduler(num_blocks=16)
+    engine = Engine(scheduler)
+    gone, oldest = make_request("gone", [1] * 16, max_tokens=20), make_request("oldest", [1] * 16, max_tokens=46)
+    scheduler.add(gone)
+    scheduler.add(oldest)
+    engine.step()
+    engine.step()
+    scheduler.finish(gone, "abort")
+    engine.run()
+    assert scheduler.counters.num_preemptions == 0
+    assert engine.finished["oldest", 0] == expected_tokens([1] * 16, 0, 46)
+
+
+def test_who_was_refused_is_looked_at_again_when_blocks_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler(num_blocks=16)
+    engine = Engine(scheduler)
+    matched: list[int] = []
+    match = scheduler.prefix_cache.match
+    monkeypatch.setattr(scheduler.prefix_cache, "match", lambda tokens: matched.append(len(tokens)) or match(tokens))
+    scheduler.add(make_request("old", [1] * 24, max_tokens=12))
+    scheduler.add(make_request("new", [2] * 40, max_tokens=2, arrival_time_s=1))
+    for _ in range(8):
+        assert len(scheduler.running) <= 1
+        engine.step()
+    assert matched == [24, 40], "once each"
+    engine.run()
+    assert matched == [24, 40, 40]
+    assert len(engine.finished) == 2
+
+
 def test_forks_share_the_prompt_and_copy_only_the_block_they_write() -> None:
     scheduler = make_scheduler()
     engine = Engine(scheduler)
