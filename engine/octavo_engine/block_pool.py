@@ -9,15 +9,6 @@ It counts references and knows nothing of tokens, requests or tensors. A block i
 
 from collections import deque
 from collections.abc import Iterable
-from enum import Enum
-
-
-class BlockState(Enum):
-    """Where a block stands; see the module's docstring."""
-
-    FREE = "free"
-    USED = "used"
-    CACHED = "cached"
 
 
 class BlockPool:
@@ -48,12 +39,6 @@ class BlockPool:
     def num_references(self, block_id: int) -> int:
         """How many requests hold the block."""
         return self._num_references[block_id]
-
-    def state(self, block_id: int) -> BlockState:
-        """The state of one block."""
-        if self._num_references[block_id]:
-            return BlockState.USED
-        return BlockState.CACHED if self._is_retained[block_id] else BlockState.FREE
 
     def allocate(self, num_blocks: int) -> list[int]:
         """Take free blocks, each with one reference. The caller has made sure that there are enough."""

@@ -171,7 +171,7 @@ class EngineCore:
         token_ids, reason = self._up_to_the_end(request, token_ids)
         self.scheduler.deliver(request, token_ids)
         if reason:
-            self.scheduler.finish(request, reason)
+            self.scheduler.finish(request)
         prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
         return SequenceOutput(
             request.request_id,
@@ -198,27 +198,24 @@ class EngineCore:
         is_full = request.num_known_tokens + len(token_ids) >= request.max_num_tokens
         return token_ids, "length" if is_full else None
 
-    @property
-    def _max_model_len(self) -> int:
-        return self.scheduler.limits.max_model_len
-
     def _abort(self, request: Request) -> None:
         """A prompt that was to be forked answers for all its sequences."""
         indices = [request.index, *range(1, request.num_forks + 1)]
-        self.scheduler.finish(request, "abort")
+        self.scheduler.finish(request)
         self._pending += [SequenceOutput(request.request_id, index, [], "abort") for index in indices]
 
     def _warm_up(self) -> None:
         is_gpu = self._started.device.torch_device.type == "cuda"
-        for warm_up in warm_ups(self.scheduler.limits, is_gpu=is_gpu):
-            prompt = [0] * max(1, min(warm_up.num_tokens, self._max_model_len - 2))
+        limits = self.scheduler.limits
+        for warm_up in warm_ups(limits, is_gpu=is_gpu):
             for number in range(warm_up.num_prompts):
+                prompt = [0] * warm_up.num_tokens
                 self.add_request(AddRequest(f"warm-up-{number}", prompt, warm_up.params, time.monotonic()))
             while self.has_work:
                 self.step(max_rounds=1)
+            self.scheduler = Scheduler(limits)
         if is_gpu:
             report_compilations(_warn_of_compilation)
-        self.scheduler = Scheduler(self._started.scheduler_limits)
         self._num_steps = 0
         self._host_s = self._round_s = self._busy_since_s = 0.0
 

@@ -17,7 +17,7 @@ from octavo_kernels.ops.argmax import argmax_rows
 from octavo_kernels.ops.attention_metadata import AttentionMetadata
 from octavo_kernels.ops.prepare_decode import PADDING, UNKNOWN, DecodeInputs, DecodeRows, empty_inputs, prepare_decode_
 
-from octavo_engine.capacity import graph_sizes
+from octavo_engine.capacity import decode_graph_sizes
 from octavo_engine.graph_capture import capture
 from octavo_engine.models import Model
 from octavo_engine.parallel import Pipeline
@@ -52,7 +52,7 @@ class DecodeGraphs:
         """Capture every size, the largest first, since the smaller ones fit into its memory."""
         self._model, self._kv_cache, self._tables, self._pipeline = model, kv_cache, tables, pipeline
         self._device, self._block_size = kv_cache.device, kv_cache.shape[3]
-        self._sizes = graph_sizes(max_num_seqs)
+        self._sizes = decode_graph_sizes(max_num_seqs)
         self._rows = torch.empty(3 * max_num_seqs, dtype=torch.int32, device=self._device)
         self._inputs = empty_inputs(max_num_seqs, tables.block_tables.shape[1], self._device)
         self._query_starts = torch.arange(max_num_seqs + 1, device=self._device)

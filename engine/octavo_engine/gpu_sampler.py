@@ -16,7 +16,7 @@ from octavo_kernels.ops.sampling_tensors import SamplingTensors
 from octavo_engine.request import Request
 from octavo_engine.sampler import forbidden_tokens, has_filters
 from octavo_engine.seen_tokens import SeenTokens
-from octavo_engine.staging import Array, upload, upload_together
+from octavo_engine.staging import Array, upload_together
 
 
 class GpuSampler:
@@ -42,17 +42,21 @@ class GpuSampler:
     def _add_bias(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
         biases = {row: request.params.logit_bias for row, request in enumerate(requests) if request.params.logit_bias}
         if biases:
-            rows = self._upload([row for row, bias in biases.items() for _ in bias], np.int32)
-            token_ids = self._upload([token_id for bias in biases.values() for token_id in bias], np.int32)
-            values = self._upload([value for bias in biases.values() for value in bias.values()], np.float32)
-            add_logit_bias_(logits, rows, token_ids, values)
+            arrays: dict[str, Array] = {
+                "rows": np.array([row for row, bias in biases.items() for _ in bias], np.int32),
+                "token_ids": np.array([token_id for bias in biases.values() for token_id in bias], np.int32),
+                "values": np.array([value for bias in biases.values() for value in bias.values()], np.float32),
+            }
+            add_logit_bias_(logits, *upload_together(arrays, self._device).values())
 
     def _forbid(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
         forbidden = {row: forbidden_tokens(request, self._eos_token_ids) for row, request in enumerate(requests)}
         if any(forbidden.values()):
-            rows = self._upload([row for row, token_ids in forbidden.items() for _ in token_ids], np.int32)
-            token_ids = self._upload([token_id for each in forbidden.values() for token_id in each], np.int32)
-            forbid_tokens_(logits, rows, token_ids)
+            arrays: dict[str, Array] = {
+                "rows": np.array([row for row, token_ids in forbidden.items() for _ in token_ids], np.int32),
+                "token_ids": np.array([token_id for each in forbidden.values() for token_id in each], np.int32),
+            }
+            forbid_tokens_(logits, *upload_together(arrays, self._device).values())
 
     def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         params = [request.params for request in requests]
@@ -71,6 +75,3 @@ class GpuSampler:
         }
         sampling = SamplingTensors(**upload_together(arrays, self._device))
         return sample_rows(logits, sampling, any_filters=any(has_filters(each) for each in params))
-
-    def _upload(self, values: Sequence[float], dtype: type[np.generic]) -> torch.Tensor:
-        return upload(np.array(values, dtype), self._device)

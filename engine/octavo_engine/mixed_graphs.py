@@ -26,7 +26,7 @@ _HIDDEN_PART: Final = 0.75
 _ABSENT: Final = -1  # the length of a decode that is not there, the slot of a row that is not stored
 
 
-def graph_sizes(max_tokens: int) -> list[int]:
+def mixed_graph_sizes(max_tokens: int) -> list[int]:
     """Numbers of tokens to capture: close enough that padding costs little, few enough that start-up is short."""
     steps = [
         16,
@@ -126,7 +126,7 @@ class MixedGraphs:
         """
         self._model, self._kv_cache = model, kv_cache
         self._launch_bound_tokens = launch_bound_tokens
-        self._sizes = graph_sizes(min(max_num_batched_tokens, launch_bound_tokens))
+        self._sizes = mixed_graph_sizes(min(max_num_batched_tokens, launch_bound_tokens))
         self._inputs = _empty_inputs(self._sizes[-1], min(max_num_seqs, self._sizes[-1]), block_tables)
         self._graphs: dict[int, Captured] = {}
         for count, num_tokens in enumerate(reversed(self._sizes), 1):

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Final
 
 from octavo_engine.prefix_cache import Node
-from octavo_engine.protocol import FinishReason, SamplingParams, TokenLogprobs
+from octavo_engine.protocol import SamplingParams, TokenLogprobs
 
 
 class RequestStatus(Enum):
@@ -58,7 +58,6 @@ class Request:
     num_table_blocks: int = 0
     num_published: int = 0
     cache_node: Node | None = None
-    finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     @property

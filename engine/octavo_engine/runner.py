@@ -6,41 +6,60 @@ stays on the device.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from octavo_kernels.launch import runs_triton
 from octavo_kernels.ops import prompt_attention
+from torch.nn import functional
 
 from octavo_engine.batch import copies_on, prepare
-from octavo_engine.capacity import graph_sizes
+from octavo_engine.capacity import decode_graph_sizes
 from octavo_engine.decode_graphs import DecodeGraphs
 from octavo_engine.gpu_sampler import GpuSampler
 from octavo_engine.graph_capture import graph_pool
 from octavo_engine.mixed_graphs import MixedGraphs
 from octavo_engine.protocol import TokenLogprobs
 from octavo_engine.request import Request
-from octavo_engine.sampler import Sampler, compute_logprobs, is_greedy
+from octavo_engine.sampler import LogprobRows, Sampler, is_greedy, pick_logprobs
 from octavo_engine.scheduler import ScheduledRequest, Step
 from octavo_engine.slot_tables import SlotTables
 from octavo_engine.staging import upload
 from octavo_engine.start import Started
 
-# Rows of logits that prompt log probabilities hold at once: a long prompt's would not fit beside the KV cache.
+# Rows of logits that prompt log probabilities hold at once: a long prompt's would not fit beside the KV cache. On a
+# GPU always as many, since kernels for few rows are compiled for each number of them.
 PROMPT_LOGPROBS_ROWS = 128
 # Of blocks that are copied at once, if a layer of them is no more.
 COPIED_BYTES = 64 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Log probabilities of a part of a request's prompt, the first of which is that of token `first`."""
+
+    request: Request
+    first: int
+    rows: LogprobRows
+
+    def read(self) -> None:
+        """Give them to the request. A preempted prompt starts again."""
+        logprobs = self.request.prompt_logprobs
+        if logprobs is not None:
+            num_rows, num_top = len(self.rows.token_ids), self.request.params.prompt_logprobs or 0
+            logprobs[self.first :] = self.rows.read([num_top] * num_rows)
+
+
 @dataclass(slots=True, eq=False)
 class Launched:
-    """A step under way.
+    """A step under way. What it brings is on its way to the host, and valid after `wait`.
 
-    sampled:    its sequences that get tokens
-    token_ids:  [num_rounds, len(sampled)] int64 on the host, valid after `wait`
-    raw_logits: what the model computed for the sequences in `logprobs_of` (indices into `sampled`), or None
+    sampled:       its sequences that get tokens
+    token_ids:     [num_rounds, len(sampled)] int64
+    logprob_rows:  of the sequences in `logprobs_of` (indices into `sampled`), or None
+    prompt_rows:   of prompts
     started, ended: on a GPU, events around it
     """
 
@@ -49,28 +68,30 @@ class Launched:
     token_ids: torch.Tensor
     launched_s: float
     logprobs_of: list[int] = field(default_factory=list)
-    raw_logits: torch.Tensor | None = None
+    logprob_rows: LogprobRows | None = None
+    prompt_rows: list[PromptRows] = field(default_factory=list)
     started: torch.cuda.Event | None = None
     ended: torch.cuda.Event | None = None
     duration_s: float = 0.0
 
     def wait(self) -> list[list[int]]:
-        """The tokens of each sequence, in order."""
+        """The tokens of each sequence, in order; prompts' log probabilities go to their requests."""
         if self.started and self.ended:
             self.ended.synchronize()
             self.duration_s = self.started.elapsed_time(self.ended) / 1e3
         else:
             self.duration_s = time.perf_counter() - self.launched_s
+        for part in self.prompt_rows:
+            part.read()
         token_ids: list[list[int]] = self.token_ids.T.tolist()
         return token_ids
 
     def logprobs(self) -> list[TokenLogprobs | None]:
         """Of each sequence's token, where they were asked for. After `wait`."""
         logprobs: list[TokenLogprobs | None] = [None] * len(self.sampled)
-        if self.raw_logits is not None:
-            chosen = self.token_ids[0, self.logprobs_of].tolist()
+        if self.logprob_rows is not None:
             num_top = [self.sampled[i].params.logprobs or 0 for i in self.logprobs_of]
-            for i, each in zip(self.logprobs_of, compute_logprobs(self.raw_logits, chosen, num_top), strict=True):
+            for i, each in zip(self.logprobs_of, self.logprob_rows.read(num_top), strict=True):
                 logprobs[i] = each
         return logprobs
 
@@ -103,7 +124,7 @@ class Runner:
             prompt_attention.warm_up(heads, geometry.num_heads, geometry.num_kv_heads, self._kv_cache[:, 0])
         if self.is_asynchronous:
             self._sampler = GpuSampler(eos_token_ids, limits.max_num_seqs, self._device)
-            self._numbers_of_logits = graph_sizes(limits.max_num_seqs)
+            self._numbers_of_logits = decode_graph_sizes(limits.max_num_seqs)
             max_blocks = -(-limits.max_model_len // limits.block_size)
             self._tables = SlotTables(limits.max_num_seqs, max_blocks, self._device)
             if started.enable_cuda_graphs:
@@ -164,9 +185,9 @@ class Runner:
             hidden = self._mixed_graphs.run(batch)
         else:
             hidden = self._model.forward(batch.input_ids, batch.positions, self._kv_cache, batch.metadata)
-        self._collect_prompt_logprobs(step, hidden)
         sampled = step.sampled
         launched = Launched(step, sampled, torch.empty(1, len(sampled), dtype=torch.int64), 0.0)
+        launched.prompt_rows = self._prompt_rows(step, hidden)
         if sampled:
             self._sample(launched, self._model.compute_logits(hidden[batch.sampled_rows])[: len(sampled)])
         return launched
@@ -183,10 +204,13 @@ class Runner:
         launched.logprobs_of = [i for i, request in enumerate(sampled) if request.params.logprobs is not None]
         if launched.logprobs_of:
             rows = upload(np.array(launched.logprobs_of), self._device)
-            launched.raw_logits = logits[rows].float()  # a copy: sampling changes rows in place
+            logprobs = logits[rows].float().log_softmax(dim=-1)  # before sampling changes rows in place
         token_ids = self._sampler.sample(logits.float(), sampled)
         if self._pipeline:
             self._pipeline.share_tokens(token_ids)
+        if launched.logprobs_of:
+            num_top = max(sampled[i].params.logprobs or 0 for i in launched.logprobs_of)
+            launched.logprob_rows = pick_logprobs(logprobs, token_ids[rows], num_top)
         if self._tables is None:
             launched.token_ids = token_ids[None]
             return
@@ -223,21 +247,26 @@ class Runner:
         event.record()
         return event
 
-    def _collect_prompt_logprobs(self, step: Step, hidden: torch.Tensor) -> None:
+    def _prompt_rows(self, step: Step, hidden: torch.Tensor) -> list[PromptRows]:
         """For those who ask: the log probability of each prompt token, from the hidden state before it."""
+        parts: list[PromptRows] = []
         row = 0
         for each in step.scheduled:
             if each.request.wants_prompt_logprobs:
-                self._extend_prompt_logprobs(each, hidden[row : row + each.num_tokens])
+                parts += self._parts_of_prompt(each, hidden[row : row + each.num_tokens])
             row += each.num_tokens
+        return parts
 
-    def _extend_prompt_logprobs(self, scheduled: ScheduledRequest, hidden: torch.Tensor) -> None:
-        request, first = scheduled.request, scheduled.first_token
-        assert request.prompt_logprobs is not None
-        del request.prompt_logprobs[first + 1 :]  # a preempted prompt starts again
-        targets = request.token_ids[first + 1 : min(first + len(hidden) + 1, request.num_prompt_tokens)]
-        for start_row in range(0, len(targets), PROMPT_LOGPROBS_ROWS):
-            chunk = targets[start_row : start_row + PROMPT_LOGPROBS_ROWS]
-            logits = self._model.compute_logits(hidden[start_row : start_row + len(chunk)]).float()
-            num_top = [request.params.prompt_logprobs or 0] * len(chunk)
-            request.prompt_logprobs += compute_logprobs(logits, chunk, num_top)
+    def _parts_of_prompt(self, scheduled: ScheduledRequest, hidden: torch.Tensor) -> Iterator[PromptRows]:
+        request, first = scheduled.request, scheduled.first_token + 1
+        targets = request.token_ids[first : min(first + len(hidden), request.num_prompt_tokens)]
+        for start in range(0, len(targets), PROMPT_LOGPROBS_ROWS):
+            part = targets[start : start + PROMPT_LOGPROBS_ROWS]
+            rows = hidden[start : start + len(part)]
+            if self.is_asynchronous:
+                rows = functional.pad(rows, (0, 0, 0, PROMPT_LOGPROBS_ROWS - len(part)))
+            logprobs = self._model.compute_logits(rows)[: len(part)].float().log_softmax(dim=-1)
+            token_ids = upload(np.array(part), self._device)
+            yield PromptRows(
+                request, first + start, pick_logprobs(logprobs, token_ids, request.params.prompt_logprobs or 0)
+            )

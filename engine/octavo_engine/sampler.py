@@ -7,6 +7,7 @@ for something are touched by it; a batch of greedy requests is one argmax. A GPU
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -73,20 +74,37 @@ def has_filters(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
-def compute_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
-    """Log probabilities of the chosen tokens and of the `num_top[i]` likeliest of row i.
+@dataclass(frozen=True, slots=True)
+class LogprobRows:
+    """Log probabilities of chosen tokens and of the likeliest ones, on the host, or on their way there.
 
-    logits: [num_rows, vocab_size] float32, as the model computed them
+    token_ids, chosen:    [num_rows]
+    top_ids, top_values:  [num_rows, most that a row asks for]
     """
-    logprobs = logits.log_softmax(dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
-    values, indices = logprobs.topk(max(1, *num_top), dim=-1)
-    return [
-        TokenLogprobs(token_id, logprob, list(zip(ids[:count], tops[:count], strict=True)))
-        for token_id, logprob, count, ids, tops in zip(
-            token_ids, chosen, num_top, indices.tolist(), values.tolist(), strict=True
-        )
-    ]
+
+    token_ids: torch.Tensor
+    chosen: torch.Tensor
+    top_ids: torch.Tensor
+    top_values: torch.Tensor
+
+    def read(self, num_top: Sequence[int]) -> list[TokenLogprobs]:
+        """Each row's token, and its `num_top[i]` likeliest. What computes them must have ended."""
+        rows = (each.tolist() for each in (self.token_ids, self.chosen, self.top_ids, self.top_values))
+        return [
+            TokenLogprobs(token_id, logprob, list(zip(ids[:count], tops[:count], strict=True)))
+            for token_id, logprob, ids, tops, count in zip(*rows, num_top, strict=True)
+        ]
+
+
+def pick_logprobs(logprobs: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> LogprobRows:
+    """Send the host what it wants to know of each row, without waiting.
+
+    logprobs:  [num_rows, vocab_size] float32
+    token_ids: [num_rows] int64, on the same device
+    """
+    top_values, top_ids = logprobs.topk(max(1, num_top), dim=-1)
+    picked = (token_ids, logprobs.gather(1, token_ids[:, None])[:, 0], top_ids, top_values)
+    return LogprobRows(*(each.to("cpu", non_blocking=True) for each in picked))
 
 
 def _penalise(row: torch.Tensor, request: Request) -> None:
@@ -120,9 +138,11 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
 
 
 def _probabilities(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-    """Temperature, then softmax. In float64: a tiny temperature must sharpen to a greedy choice, not overflow."""
+    """Temperature, then softmax. A tiny temperature sharpens to a greedy choice: below the largest there is overflow
+    to -inf at most."""
     temperatures = torch.tensor([each.params.temperature for each in requests], dtype=torch.float64)
-    return (logits.double() / temperatures.to(logits.device)[:, None]).softmax(dim=-1)
+    below = (logits - logits.amax(dim=-1, keepdim=True)).double()
+    return (below / temperatures.to(logits.device)[:, None]).softmax(dim=-1)
 
 
 def _draw_filtered(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:

@@ -24,7 +24,6 @@ from typing import Final
 from octavo_engine.block_pool import BlockPool
 from octavo_engine.errors import InvalidRequestError
 from octavo_engine.prefix_cache import NO_BLOCK, Node, PrefixCache
-from octavo_engine.protocol import FinishReason
 from octavo_engine.request import Request, RequestStatus
 
 # A step may end this part of its budget short, rather than cut a prompt.
@@ -184,7 +183,7 @@ class Scheduler:
         request.keep_promise(token_ids)
         self.counters.num_generation_tokens += len(token_ids)
 
-    def finish(self, request: Request, reason: FinishReason) -> None:
+    def finish(self, request: Request) -> None:
         """End a sequence and release its blocks; what the prefix cache knows of stays until it is evicted."""
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
@@ -192,7 +191,6 @@ class Scheduler:
             self.waiting.remove(request)
         self._release_blocks(request)
         request.status = RequestStatus.FINISHED
-        request.finish_reason = reason
 
     def _make_room_by_preemption(self, request: Request, num_tokens: int, step: Step) -> bool:
         """Make room, preempting the newest running requests; False if the request had to go itself.

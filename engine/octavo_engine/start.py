@@ -128,6 +128,7 @@ def start(config: EngineConfig, on_phase: Callable[[EnginePhase], None], seat: S
     )
     if seat is None or seat.rank == 0:
         _log_plan(config, device, dtype, capacity)
+    _check_free_memory(device, capacity)
     on_phase(EnginePhase("loading"))
     loaded = load_model(
         files,
@@ -187,6 +188,20 @@ def _agree(device: Device, ranks: Ranks) -> Device:
     return replace(device, memory_bytes=min(int(memory) for _, memory in everyone))
 
 
+def _check_free_memory(device: Device, capacity: Capacity) -> None:
+    """Raise CapacityError where the plan is for memory that something else holds, or that the GPU does not have."""
+    if device.torch_device.type != "cuda":
+        return
+    free_bytes, all_bytes = torch.cuda.mem_get_info(device.torch_device)
+    needed_bytes = capacity.total_bytes - capacity.runtime_bytes  # of which the process has taken its part by now
+    if needed_bytes > free_bytes:
+        raise CapacityError(
+            f"the plan needs {needed_bytes / GIB:.1f} GiB of GPU memory, and {free_bytes / GIB:.1f} of "
+            f"{all_bytes / GIB:.1f} GiB are free: end what else runs there (a predecessor may still be ending), or "
+            "lower memory_gib or memory_utilization"
+        )
+
+
 def limits_of(config: EngineConfig) -> Limits:
     """What the configuration fixes of the capacity plan."""
     return Limits(
@@ -201,8 +216,7 @@ def limits_of(config: EngineConfig) -> Limits:
 
 
 def allocate_kv_cache(geometry: Geometry, capacity: Capacity, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The KV cache, filled with zeros: attention multiplies what lies behind a block's last token by 0, and 0 x NaN
-    would be NaN. On a CPU the operating system hands out the pages only when they are written."""
+    """The KV cache. Zeros, since on a CPU the operating system then hands out the pages only when they are written."""
     shape = (
         capacity.num_kv_blocks,
         geometry.num_layers,

@@ -6,7 +6,7 @@ show now.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from octavo_engine.mixed_graphs import MAX_CHUNKS
 from octavo_engine.protocol import SamplingParams
@@ -14,6 +14,7 @@ from octavo_engine.scheduler import SchedulerLimits
 
 _GREEDY = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
 _DRAWN = SamplingParams(max_tokens=2, ignore_eos=True)
+_SCORED = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, logprobs=1, prompt_logprobs=1)
 _CONSTRAINED = SamplingParams(
     max_tokens=2, ignore_eos=True, top_p=0.9, repetition_penalty=1.1, logit_bias={0: 1.0}, min_tokens=2
 )
@@ -21,7 +22,7 @@ _CONSTRAINED = SamplingParams(
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """So many prompts at once, of so many tokens each."""
+    """So many prompts at once, of so many tokens each, none of which is cached."""
 
     num_prompts: int
     num_tokens: int
@@ -29,17 +30,25 @@ class WarmUp:
 
 
 def warm_ups(limits: SchedulerLimits, *, is_gpu: bool) -> Iterator[WarmUp]:
-    """One after the other."""
+    """One after the other. Prompts leave room in the context for the two tokens that they ask for."""
+    longest = max(1, limits.max_model_len - 2)
+    for warm_up in _wanted(limits, longest, is_gpu=is_gpu):
+        yield replace(warm_up, num_tokens=min(warm_up.num_tokens, longest))
+
+
+def _wanted(limits: SchedulerLimits, longest: int, *, is_gpu: bool) -> Iterator[WarmUp]:
     if not is_gpu:
         yield WarmUp(1, 8, _GREEDY)
         return
     yield WarmUp(1, 3, _GREEDY)
     yield WarmUp(1, 12, _DRAWN)
+    yield WarmUp(1, 12, _SCORED)
     yield WarmUp(1, 300, _CONSTRAINED)
     # More chunks than graphs have: what plans them is compiled for each power of two.
     num_chunks = MAX_CHUNKS
     while num_chunks < limits.max_num_seqs:
         num_chunks *= 2
         yield WarmUp(min(num_chunks, limits.max_num_seqs), 4, _GREEDY)
-    yield WarmUp(1, limits.max_num_batched_tokens, _GREEDY)
+    num_prompts = min(-(-limits.max_num_batched_tokens // longest), limits.max_num_seqs)
+    yield WarmUp(num_prompts, limits.max_num_batched_tokens // num_prompts, _GREEDY)
     yield WarmUp(1, 1, SamplingParams(max_tokens=2, ignore_eos=True, n=limits.max_num_seqs))

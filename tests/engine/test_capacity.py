@@ -71,12 +71,21 @@ def test_a_context_that_was_not_asked_for_shrinks_to_what_fits() -> None:
         pytest.param(16, {}, id="the weights alone are too large"),
         pytest.param(24, {"max_model_len": 131_072}, id="the context that was asked for"),
         pytest.param(80, {"num_kv_blocks": 10**6}, id="the blocks that were asked for"),
-        pytest.param(80, {"num_kv_blocks": 10, "max_model_len": 1000}, id="a context larger than the blocks"),
     ],
 )
 def test_what_does_not_fit_is_told_with_its_size(memory_gib: int, limits: dict[str, int]) -> None:
     with pytest.raises(CapacityError, match=r"needs \d+\.\d GiB for a context of \d+ tokens .* offers"):
         plan(LLAMA_8B, memory_gib * GIB, **limits)
+
+
+def test_a_cache_fixed_too_small_for_the_context_is_told() -> None:
+    with pytest.raises(CapacityError, match=r"num_kv_blocks=10 holds 160 tokens, .* of 1000: raise it to 63, or lower"):
+        plan(LLAMA_8B, 80 * GIB, num_kv_blocks=10, max_model_len=1000)
+
+
+def test_a_context_that_was_not_asked_for_shrinks_to_the_blocks_that_were() -> None:
+    capacity = plan(LLAMA_8B, 80 * GIB, num_kv_blocks=1000)
+    assert capacity.max_model_len == capacity.num_kv_tokens == 16_000
 
 
 @given(

@@ -152,6 +152,33 @@ def test_equal_prompts_at_once_share_their_blocks_and_go_on_as_alone(folder: Pat
     assert answers == {"a": expected, "b": expected}
 
 
+def test_prompts_are_scored_as_on_the_cpu(folder: Path) -> None:
+    """In several chunks, beside others and before their tokens are known."""
+
+    def scores(core: EngineCore) -> dict[str, list]:
+        found: dict[str, list] = {}
+        for i, prompt in enumerate(PROMPTS):
+            params = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0, prompt_logprobs=i)
+            core.add_request(AddRequest(f"r{i}", prompt, params, arrival_time_s=float(i)))
+        while core.has_work:
+            for output in core.step().outputs:
+                if output.prompt_logprobs is not None:
+                    assert output.request_id not in found
+                    found[output.request_id] = output.prompt_logprobs
+        return found
+
+    expected = scores(make_core(folder))
+    with interpret_on_cpu():
+        found = scores(make_core(folder))
+    assert {name: len(rows) for name, rows in found.items()} == {f"r{i}": len(each) for i, each in enumerate(PROMPTS)}
+    for name, rows in found.items():
+        assert rows[0] is None
+        for row, other in zip(rows[1:], expected[name][1:], strict=True):
+            assert row.token_id == other.token_id
+            assert [token_id for token_id, _ in row.top] == [token_id for token_id, _ in other.top]
+            assert row.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
 def test_a_prompt_that_goes_on_where_another_ended_keeps_its_own_last_token(folder: Path) -> None:
     """All but its last token is cached, so that it is a decode in the place, and at the position, of the one before."""
     first = [5] * 11

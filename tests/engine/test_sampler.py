@@ -5,7 +5,7 @@ import pytest
 import torch
 from octavo_engine.protocol import SamplingParams
 from octavo_engine.request import Request
-from octavo_engine.sampler import Sampler, compute_logprobs
+from octavo_engine.sampler import Sampler, pick_logprobs
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -128,8 +128,15 @@ def test_logit_bias_and_min_tokens(logits) -> None:
 
 
 def test_logprobs_are_log_softmax_and_sorted(logits) -> None:
-    (result,) = compute_logprobs(logits, [17], [3])
+    (result,) = pick_logprobs(logits.log_softmax(dim=-1), torch.tensor([17]), 3).read([3])
     expected = logits.log_softmax(dim=-1)[0]
     assert result.token_id == 17
     assert result.logprob == pytest.approx(expected[17].item())
     assert [token_id for token_id, _ in result.top] == expected.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-300, 1e-308, 5e-324])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}], ids=str)
+def test_a_tiny_temperature_draws_the_likeliest(logits, temperature: float, filters: dict) -> None:
+    params = SamplingParams(temperature=temperature, seed=1, **filters)
+    assert sample(logits, make_request(params)) == sample(logits, make_request(SamplingParams(temperature=0)))

@@ -77,7 +77,7 @@ class Engine:
             assert PROMISED not in request.token_ids[: request.num_known_tokens]
             if request.num_known_tokens - request.num_prompt_tokens == request.params.max_tokens:
                 self.finished[request.request_id, request.index] = request.token_ids
-                self.scheduler.finish(request, "length")
+                self.scheduler.finish(request)
 
     def _copy_blocks(self, step: Step) -> None:
         before = dict(self.slots)
@@ -190,7 +190,7 @@ def test_aborts_at_any_moment_lose_no_block(num_ahead, max_rounds, specs, data) 
             engine.step()
         live = [*engine.scheduler.running, *engine.scheduler.waiting]
         if live and data.draw(st.booleans()):
-            engine.scheduler.finish(data.draw(st.sampled_from(live)), "abort")
+            engine.scheduler.finish(data.draw(st.sampled_from(live)))
             check_invariants(engine.scheduler)
     engine.run()
     assert engine.scheduler.pool.num_used == 0
@@ -249,7 +249,7 @@ def test_the_oldest_request_has_all_that_is_cached() -> None:
     scheduler.add(oldest)
     engine.step()
     engine.step()
-    scheduler.finish(gone, "abort")
+    scheduler.finish(gone)
     engine.run()
     assert scheduler.counters.num_preemptions == 0
     assert engine.finished["oldest", 0] == expected_tokens([1] * 16, 0, 46)

@@ -86,7 +86,7 @@ def allocate_blocks(lengths: Sequence[RequestLengths], cache: CacheShape) -> All
         for request in step.sampled:
             scheduler.deliver(request, [0])
             if request.num_output_tokens == request.params.max_tokens:
-                scheduler.finish(request, "length")
+                scheduler.finish(request)
     return _sum_up(timeline, cache, scheduler.counters.num_preemptions)
 
 

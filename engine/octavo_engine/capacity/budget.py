@@ -253,6 +253,11 @@ class _Budget:
         model_len = self._choose_model_len(num_fitting)
         one_request = _ceil_div(model_len.value, self.limits.block_size)
         blocks = self._choose_num_blocks(num_fitting, one_request, num_seqs)
+        if blocks.value < one_request <= num_fitting:
+            raise CapacityError(
+                f"num_kv_blocks={blocks.value} holds {blocks.value * self.limits.block_size} tokens, fewer than one "
+                f"context of {model_len.value}: raise it to {one_request}, or lower max_model_len"
+            )
         if not one_request <= blocks.value <= num_fitting:
             raise CapacityError(self._does_not_fit(fixed))
         return model_len, blocks
@@ -260,7 +265,8 @@ class _Budget:
     def _choose_model_len(self, num_fitting: int) -> Choice:
         if self.limits.max_model_len is not None:
             return Choice(self.limits.max_model_len, _FIXED)
-        own, held = self.geometry.max_position_embeddings, num_fitting * self.limits.block_size
+        num_blocks = min(num_fitting, self.limits.num_kv_blocks or num_fitting)
+        own, held = self.geometry.max_position_embeddings, num_blocks * self.limits.block_size
         if min(SHORTEST_MODEL_LEN, own) <= held < own:
             return Choice(held, f"what the KV cache holds; the model's own is {own:,}")
         return Choice(own, "the model's own")

@@ -122,7 +122,7 @@ def runtime_bytes(hardware: Hardware, passing: int) -> int:
     return RUNTIME_BYTES["gpu"] + int(passing * FRAGMENTATION)
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
+def decode_graph_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes of the decode steps that become CUDA graphs: close enough that padding costs little, few enough that
     start-up is short."""
     steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 32, 32)]

@@ -1,6 +1,6 @@
 """What one device does not hold: how many would, side by side in a node (tensor) and one node after another (pipeline).
 
-The engine runs on one device. These functions answer what a model would need, so that a plan can say it.
+These functions say what each device gets of a model, and how many devices a model needs.
 """
 
 from collections.abc import Iterator

@@ -33,6 +33,8 @@ def chat_params(
 ) -> SamplingParams:
     """Parameters for a chat answer. Raises InvalidRequestError."""
     wanted = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    # A tokenizer may know tokens that the model's embedding has no row for, and a message can spell them.
+    _check_token_ids(prompt, vocab_size, "messages")
     rest = _check_context([prompt], wanted, engine, "messages")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return _params(request, engine, vocab_size, rest if wanted is None else wanted, logprobs, None)

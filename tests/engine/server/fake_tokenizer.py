@@ -8,6 +8,8 @@ from engine.server.fake_core import END_TOKEN_ID, VOCAB_SIZE
 from octavo_engine.errors import InvalidRequestError
 
 END_TEXT = "<end>"
+# Of a token that the tokenizer has and the model has not.
+ADDED_TEXT = "<added>"
 
 
 class ByteStream:
@@ -30,7 +32,8 @@ class ByteTokenizer:
     vocab_size = VOCAB_SIZE
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return list(text.encode())
+        parts = text.split(ADDED_TEXT)
+        return [*parts[0].encode(), *(token for part in parts[1:] for token in (VOCAB_SIZE, *part.encode()))]
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         return [self.encode(text) for text in texts]

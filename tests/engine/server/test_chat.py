@@ -1,4 +1,6 @@
 import pytest
+from engine.server.fake_core import VOCAB_SIZE
+from engine.server.fake_tokenizer import ADDED_TEXT
 from engine.server.server_process import ServerProcess
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -15,6 +17,17 @@ def test_answers_a_conversation(echo_server: ServerProcess) -> None:
     assert answer.usage.prompt_tokens == len(RENDERED)
     assert answer.usage.prompt_tokens_details is not None
     assert answer.usage.prompt_tokens_details.cached_tokens == 16
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_token_that_the_model_does_not_have_is_refused(echo_server: ServerProcess, path: str) -> None:
+    text = f"hi {ADDED_TEXT}"
+    is_chat = "chat" in path
+    reply = echo_server.post(path, {"messages": [{"role": "user", "content": text}]} if is_chat else {"prompt": text})
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert error["param"] == ("messages" if is_chat else "prompt")
+    assert f"token id {VOCAB_SIZE} is not below {VOCAB_SIZE}" in error["message"]
 
 
 def test_fills_the_context_unless_told(echo_server: ServerProcess) -> None:
