@@ -39,10 +39,8 @@ from octavo_engine.protocol import (
     EngineMessage,
     EnginePhase,
     EngineReady,
-    EngineStats,
     FrontEndMessage,
     Seat,
-    SequenceOutput,
     Shutdown,
     StepOutputs,
 )
@@ -72,7 +70,7 @@ class Core(Protocol):
         """What the core settled on while it loaded."""
 
     def add_request(self, request: AddRequest) -> None:
-        """Queue a request. Raises OctavoError if it can never run."""
+        """Queue a request. One that can never run is answered by the next step, with its error."""
 
     def abort(self, request: AbortRequests) -> None:
         """End requests or one sequence of them; unknown ones are ignored."""
@@ -227,23 +225,9 @@ class _Outbox:
         self._socket = socket
         self._encoder = msgspec.msgpack.Encoder()
         self._last_phase = EnginePhase("starting")
-        self._last_stats = EngineStats()
 
     def send(self, message: EngineMessage) -> None:
         self._socket.send(self._encoder.encode(message))
-
-    def send_step(self, outputs: StepOutputs) -> None:
-        """Send a step's outputs and statistics in one message."""
-        self._last_stats = outputs.stats
-        self.send(outputs)
-
-    def send_refusal(self, request: AddRequest, reason: str) -> None:
-        """Answer a request that never ran: each of its sequences ends with an error."""
-        indices = range(request.params.n)
-        outputs = [
-            SequenceOutput(request.request_id, index, [], finish_reason="error", error=reason) for index in indices
-        ]
-        self.send(StepOutputs(outputs, self._last_stats))
 
     def report_phase(self, phase: EnginePhase) -> None:
         """Pass on what a reader would notice: a loader may report each tensor."""
@@ -265,9 +249,9 @@ def run_core(core: Core, inbox: "zmq.Socket[bytes]", outbox: _Outbox) -> None:
             if isinstance(message, AbortRequests):
                 core.abort(message)
             else:
-                _admit(core, message, outbox)
+                core.add_request(message)
         if core.has_work:
-            outbox.send_step(core.step())
+            outbox.send(core.step())
 
 
 def _drain(inbox: "zmq.Socket[bytes]", *, wait: bool) -> Iterator[bytes]:
@@ -279,14 +263,6 @@ def _drain(inbox: "zmq.Socket[bytes]", *, wait: bool) -> Iterator[bytes]:
             yield inbox.recv(zmq.NOBLOCK)
         except zmq.Again:
             return
-
-
-def _admit(core: Core, request: AddRequest, outbox: _Outbox) -> None:
-    """Queue the request, or answer it with the reason why it can never run."""
-    try:
-        core.add_request(request)
-    except OctavoError as error:
-        outbox.send_refusal(request, str(error))
 
 
 def _run(directory: Path, core_name: str, seat: Seat | None) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from octavo_engine.config import EngineConfig
-from octavo_engine.errors import CapacityError, ModelSourceError
+from octavo_engine.errors import ModelSourceError
 from octavo_engine.protocol import (
     AbortRequests,
     AddRequest,
@@ -56,7 +56,7 @@ class EchoCore:
             time.sleep(self.load_time_s / 11)
         on_phase(EnginePhase("warming_up"))
         self.running: list[FakeSequence] = []
-        self.aborted: list[FakeSequence] = []
+        self.pending: list[SequenceOutput] = []
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
@@ -69,11 +69,15 @@ class EchoCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self.aborted)
+        return bool(self.running or self.pending)
 
     def add_request(self, request: AddRequest) -> None:
         if len(request.prompt_token_ids) >= self.max_model_len:
-            raise CapacityError("the prompt is too long")
+            self.pending += [
+                SequenceOutput(request.request_id, index, [], finish_reason="error", error="the prompt is too long")
+                for index in range(request.params.n)
+            ]
+            return
         self.num_prompt_tokens += len(request.prompt_token_ids)
         for index in range(request.params.n):
             sequence = FakeSequence(request.request_id, index, request.prompt_token_ids, request.params)
@@ -83,12 +87,11 @@ class EchoCore:
         for sequence in list(self.running):
             if sequence.request_id in request.request_ids and request.index in (None, sequence.index):
                 self.running.remove(sequence)
-                self.aborted.append(sequence)
+                self.pending.append(SequenceOutput(sequence.request_id, sequence.index, [], finish_reason="abort"))
 
     def step(self) -> StepOutputs:
         time.sleep(self.step_time_s)
-        outputs = [SequenceOutput(s.request_id, s.index, [], finish_reason="abort") for s in self.aborted]
-        self.aborted = []
+        outputs, self.pending = self.pending, []
         for sequence in list(self.running):
             output = self._advance(sequence)
             outputs.append(output)
