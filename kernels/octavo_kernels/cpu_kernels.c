@@ -132,8 +132,10 @@ static inline __attribute__((always_inline)) void decode_head(
             }
         }
     }
-    for (int64_t g = 0; g < group; g++)
-        for (int64_t i = 0; i < num_vectors; i++) *(Floats *)(out + g * head_dim + i * LANES) = accumulated[g][i] / total[g];
+    for (int64_t g = 0; g < group; g++) {
+        const float sum = length > 0 ? total[g] : 1; /* padding has no keys: zeros */
+        for (int64_t i = 0; i < num_vectors; i++) *(Floats *)(out + g * head_dim + i * LANES) = accumulated[g][i] / sum;
+    }
 }
 
 /* Attention of one query token per sequence over its blocks, with a running softmax (arXiv:2205.14135, algorithm 1):

@@ -172,7 +172,8 @@ def launch(kernel: CudaKernel, num_blocks: int, arguments: Sequence[Argument], d
     config.hStream = torch.cuda.current_stream(device).cuda_stream
     config.attrs, config.numAttrs = [dependent], 1
     addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-    _checked(driver.cuLaunchKernelEx(config, _function(kernel, device), ctypes.addressof(addresses), 0))
+    with torch.cuda.device(device):
+        _checked(driver.cuLaunchKernelEx(config, _function(kernel, device), ctypes.addressof(addresses), 0))
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

@@ -6,6 +6,7 @@ is a bug. This module knows no op.
 
 import functools
 import logging
+import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -29,6 +31,9 @@ VARIANTS: tuple[str, ...] = tuple(sorted({row.kernel_variant for row in (*HARDWA
 FLOAT8_VARIANTS: frozenset[str] = frozenset(VARIANTS) - {
     row.kernel_variant for row in (*HARDWARE, GENERIC) if "float8_e4m3fn" not in row.dtypes
 }
+
+# exp(x) = exp2(x * LOG2_E), by the instruction that a GPU has.
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 # What Triton assumes of an argument that is a multiple of 16 when it launches; wide loads and stores need it.
 _MULTIPLE_OF_16 = [["tt.divisibility", 16]]
@@ -49,12 +54,14 @@ def interpret_on_cpu() -> Iterator[None]:
         _interprets_cpu.reset(token)
 
 
-_asked_variant: ContextVar[str] = ContextVar("asked_variant", default="")
+# Of the whole process, so that threads which began before know it, too.
+_asked_variant = ""
 
 
 def use_variant(name: str) -> None:
     """Have GPUs run the kernels of this variant, one of VARIANTS, instead of the hardware table's; "" undoes it."""
-    _asked_variant.set(name)
+    global _asked_variant
+    _asked_variant = name
     variant_of.cache_clear()
 
 
@@ -66,10 +73,9 @@ def variant_of(device: torch.device) -> str:
     """
     if device.type != "cuda":
         return GENERIC.kernel_variant
-    asked = _asked_variant.get()
-    if asked:
-        logger.info("%s runs the %s kernels, as the configuration asks", device, asked)
-        return asked
+    if _asked_variant:
+        logger.info("%s runs the %s kernels, as the configuration asks", device, _asked_variant)
+        return _asked_variant
     properties = torch.cuda.get_device_properties(device)
     match = identify_gpu(properties.name, (properties.major, properties.minor), properties.total_memory >> 20)
     logger.info("%s runs the %s kernels: %s", device, match.hardware.kernel_variant, match.detail)
@@ -112,14 +118,17 @@ def signature_of(function: Any, pointers: Mapping[str, str], constexprs: Collect
 def compile_example(example: CompileExample, capability: int) -> Any:
     """Compile for a compute capability, such as 90, into what `triton.compile` returns. Needs no GPU.
 
-    Pointers and strides (arguments that end in `_ptr` and `_stride`) count as multiples of 16, as in a real launch.
+    Pointers, strides and widths (arguments that end in `_ptr`, `_stride` and `_features`) count as multiples of 16, as
+    those of usual models do in a launch, unless the kernel is not specialized on them.
     """
     names = example.function.arg_names
     signature = {name: "constexpr" if name in example.constexprs else example.signature[name] for name in names}
     attributes = {
-        (index,): _MULTIPLE_OF_16
-        for index, name in enumerate(names)
-        if name in example.signature and name.endswith(("_ptr", "_stride"))
+        (param.num,): _MULTIPLE_OF_16
+        for param in example.function.params
+        if param.name in example.signature
+        and param.name.endswith(("_ptr", "_stride", "_features"))
+        and not (param.do_not_specialize or param.do_not_specialize_on_alignment)
     }
     source = ASTSource(example.function, signature, dict(example.constexprs), attributes)
     options = {"num_warps": example.num_warps, "num_stages": example.num_stages}

@@ -9,7 +9,7 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 
 from octavo_kernels.hardware import HARDWARE, Hardware, identify_gpu
 from octavo_kernels.ops import cublaslt_linear, gemv, small_m_linear, wgmma_linear
+from octavo_kernels.slices import profile_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ _LAUNCHES: Mapping[str, type[Any]] = {
 }
 # A weight is near another one if neither of its sides is longer or shorter by more than this factor.
 _NEAR: Final = 2.0
+# Of elements of a row: Triton loads 16 bytes at a time where it sees a stride that is a multiple of 16, else 2.
+_TRITON_MULTIPLE: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +100,13 @@ def _suits(launch: Launch | None, shape: LinearShape) -> bool:
     """Whether a launch that was measured for another weight does for this one. An algorithm of cuBLASLt never does."""
     if isinstance(launch, wgmma_linear.Launch):
         return wgmma_linear.takes(shape.out_features, shape.in_features, is_gated=shape.is_gated)
-    return isinstance(launch, gemv.Launch | small_m_linear.Launch)
+    return isinstance(launch, gemv.Launch | small_m_linear.Launch) and shape.in_features % _TRITON_MULTIPLE == 0
 
 
-def write_choices(path: Path, choices: Iterable[Choice], measured: Mapping[str, str]) -> None:
-    """Write a GPU's file. measured: where the numbers come from (GPU, versions, date)."""
+def write_choices(path: Path, choices: Iterable[Choice], measured: Sequence[Mapping[str, str]]) -> None:
+    """Write a GPU's file. measured: where the numbers come from, each run's GPU, versions and date."""
     rows = ",\n  ".join(json.dumps(_to_json(choice)) for choice in choices)
-    path.write_text(f'{{"measured": {json.dumps(dict(measured))},\n "choices": [\n  {rows}\n]}}\n')
+    path.write_text(f'{{"measured": {json.dumps([dict(each) for each in measured])},\n "choices": [\n  {rows}\n]}}\n')
 
 
 def read_choices(path: Path) -> list[Choice]:
@@ -143,21 +146,32 @@ def choices_for(device: torch.device) -> LinearChoices:
 
 
 def shipped_choices(product: str) -> LinearChoices:
-    """What was measured on a product or, of Octavo's own kernels, on the nearest one with its chip; else nothing."""
+    """What was measured on a product or, of Octavo's own kernels, on the nearest one with its chip; else nothing.
+
+    A slice of a GPU has other multiprocessors and another bandwidth, so nothing that was measured on the whole.
+    """
     match = identify_gpu(product)
-    measured_on = _measured_like(match.hardware) if match.how == "product" else None
+    is_known = match.how == "product" and not profile_of(product)
+    measured_on = _measured_like(match.hardware) if is_known else None
     if measured_on is None:
         logger.info("linear layers on %s all run on cuBLAS: no choices were measured for it", product)
         return {}
     choices = read_choices(DIRECTORY / f"{measured_on}.json")
     if measured_on == match.hardware.name:
-        by_shape = by_num_tokens(map(_understood, choices))
+        by_shape = by_num_tokens(map(understood, choices))
     else:
         by_shape = by_num_tokens(
             choice if _suits(choice.launch, choice.shape) else replace(choice, launch=None) for choice in choices
         )
     logger.info("linear layers on %s follow what was measured on %s, %d shapes", product, measured_on, len(by_shape))
     return by_shape
+
+
+def shipped_launches(variant: str) -> Iterator[tuple[LinearShape, int, Launch]]:
+    """What a variant's GPUs launch for each weight that was measured and each number of tokens; some come twice."""
+    for measured_on in {_measured_like(row) for row in HARDWARE if row.kernel_variant == variant} - {None}:
+        for shape, launches in by_num_tokens(read_choices(DIRECTORY / f"{measured_on}.json")).items():
+            yield from ((shape, num_tokens, launch) for num_tokens, launch in enumerate(launches) if launch)
 
 
 def _measured_like(hardware: Hardware) -> str | None:
@@ -172,7 +186,7 @@ def _chip(hardware: Hardware) -> tuple[object, ...]:
     return hardware.compute_capability, hardware.num_sms
 
 
-def _understood(choice: Choice) -> Choice:
+def understood(choice: Choice) -> Choice:
     """cuBLAS by its own choice instead of an algorithm of another version."""
     launch = choice.launch
     if isinstance(launch, cublaslt_linear.Launch) and launch.version != cublaslt_linear.version():

@@ -4,6 +4,7 @@ They need a C compiler, as Triton's kernels do on a GPU. Where there is none, or
 the same results. The choice is made at the first use, logged, and reported as the engine's kernels.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -11,6 +12,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -157,11 +159,21 @@ def _compiled(compiler: str) -> Path:
 
 
 def _cache_folder() -> Path:
-    """Where compiled kernels are kept; a container's read-only home leaves the temporary folder."""
+    """Where compiled kernels are kept; a container's read-only home leaves a folder of this user's own for it."""
     wanted = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/octavo").expanduser()
     try:
         wanted.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=wanted):
             return wanted
     except OSError:
-        return Path(tempfile.gettempdir())
+        return _private_folder()
+
+
+def _private_folder() -> Path:
+    """This user's among the temporary files; one for this process only, where somebody else can write to it."""
+    folder = Path(tempfile.gettempdir()) / f"octavo-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    is_private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return folder if is_private else Path(tempfile.mkdtemp(prefix="octavo-"))

@@ -10,7 +10,7 @@ everything before them has ended: what was written ahead of one of those may be 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803
 
-import functools
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -28,11 +28,12 @@ PDL_VARIANTS: frozenset[str] = frozenset(VARIANTS) - {
 }
 
 
-@functools.cache
-def pdl_options(device: torch.device) -> dict[str, bool]:
+_OPTIONS = {name: {"USE_PDL": name in PDL_VARIANTS, "launch_pdl": name in PDL_VARIANTS} for name in VARIANTS}
+
+
+def pdl_options(device: torch.device) -> Mapping[str, bool]:
     """What a launch on this device adds: the kernel's constexpr and the launch's attribute."""
-    use_pdl = variant_of(device) in PDL_VARIANTS
-    return {"USE_PDL": use_pdl, "launch_pdl": use_pdl}
+    return _OPTIONS[variant_of(device)]
 
 
 @triton.jit

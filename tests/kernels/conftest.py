@@ -7,6 +7,8 @@ interpreter.
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +16,8 @@ from octavo_kernels import native
 
 # Modules that run no op as a CPU does: nothing in them goes through twice.
 OTHER_MODULES = frozenset(
-    {"test_compile", "test_cublaslt_linear", "test_hardware", "test_launch", "test_prompt_attention", "test_slices",
-     "test_targets", "test_wgmma_linear"}
+    {"test_compile", "test_cublaslt_linear", "test_hardware", "test_launch", "test_native", "test_prompt_attention",
+     "test_slices", "test_targets", "test_wgmma_linear"}
 )  # fmt: skip
 
 
@@ -44,3 +46,19 @@ def device() -> Iterator[torch.device]:
     torch.use_deterministic_algorithms(True)
     yield torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def entered_devices(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """The devices that `torch.cuda.device` has made current, without a GPU."""
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    return entered

@@ -41,6 +41,25 @@ def test_what_was_compiled_for_one_gpu_does_not_change_another(tmp_path: Path) -
     assert result.stdout.split("\n")[:2] == ["sm_90 None", "sm_89 None"], result.stderr[-1000:]
 
 
+# The loads of all threads, then the barrier, then the stores.
+_ORDER = """
+import re
+from octavo_kernels.launch import compile_example
+from octavo_kernels.ops import prepare_decode
+ptx = compile_example(prepare_decode.compile_examples("hopper")[0], 90).asm["ptx"]
+barrier, first_store = ptx.index("bar.sync"), ptx.index("st.global")
+last_row = max(each.start() for each in re.finditer("ld.global", ptx[:first_store]))
+print(last_row < barrier < first_store)
+"""
+
+
+def test_no_thread_moves_a_decode_row_on_before_all_have_read_it() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", _ORDER]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout == "True\n", result.stderr[-1000:]
+
+
 def test_lists_the_launch_parameters_of_a_gpu() -> None:
     result = subprocess.run(
         [OCTAVO, "kernels", "list", "--hardware", "h100"], capture_output=True, text=True, check=True

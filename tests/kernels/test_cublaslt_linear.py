@@ -1,12 +1,12 @@
 """cuBLASLt's algorithms on a GPU, each against float32; and a table that another version of the library made."""
 
+import ctypes
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from octavo_kernels import linear_choice
-from octavo_kernels.linear_choice import Choice, LinearShape, read_choices, write_choices
+from octavo_kernels.linear_choice import Choice, LinearShape, read_choices, understood, write_choices
 from octavo_kernels.ops import cublaslt_linear
 from octavo_kernels.ops.cublaslt_linear import Launch
 from octavo_kernels.ops.gemv import reference
@@ -47,14 +47,28 @@ def test_serves_fewer_tokens_than_it_was_chosen_for_and_a_bias() -> None:
             assert error < 1e-2, launch
 
 
+def test_multiplies_with_the_tensors_device_current(
+    monkeypatch: pytest.MonkeyPatch, entered_devices: list[torch.device]
+) -> None:
+    called: list[tuple[str, torch.device]] = []
+    problem = cublaslt_linear._Problem(*(ctypes.c_void_p() for _ in range(4)))
+    monkeypatch.setattr(cublaslt_linear, "_problem", lambda *sizes: problem)
+    monkeypatch.setattr(cublaslt_linear, "_handle", lambda device: ctypes.c_void_p())
+    monkeypatch.setattr(cublaslt_linear, "_workspace", lambda device: torch.empty(0))
+    monkeypatch.setattr(cublaslt_linear, "_call", lambda name, *_: called.append((name, *entered_devices)))
+    hidden = torch.empty(4, 16, dtype=torch.bfloat16)
+    cublaslt_linear.cublaslt_linear(hidden, hidden, LAUNCH)
+    assert called == [("cublasLtMatmul", hidden.device)]
+
+
 def test_a_table_keeps_algorithms(tmp_path: Path) -> None:
     choice = Choice(LinearShape(8, 16), 4, LAUNCH, 1.0, 2.0)
-    write_choices(tmp_path / "gpu.json", [choice], {})
+    write_choices(tmp_path / "gpu.json", [choice], [])
     assert read_choices(tmp_path / "gpu.json") == [choice]
 
 
 def test_an_algorithm_of_another_version_is_not_used() -> None:
     choice = Choice(LinearShape(8, 16), 4, LAUNCH, 1.0, 2.0)
-    assert linear_choice._understood(choice).launch == LAUNCH
+    assert understood(choice).launch == LAUNCH
     older = replace(choice, launch=replace(LAUNCH, version=LAUNCH.version - 1))
-    assert linear_choice._understood(older).launch is None
+    assert understood(older).launch is None

@@ -1,14 +1,16 @@
 """Every op has launch parameters and examples for every variant of the hardware table."""
 
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from octavo_kernels import launch
 from octavo_kernels.launch import FLOAT8_VARIANTS, VARIANTS, use_variant, variant_of
+from octavo_kernels.pdl import pdl_options
 
-OPS = ("gelu", "kv_write", "layer_norm", "rms_norm", "rotary", "rotate_and_write_kv", "silu_and_mul")
+OPS = ("gelu", "layer_norm", "rms_norm", "rotary", "rotate_and_write_kv", "silu_and_mul")
 
 
 @pytest.fixture(params=OPS)
@@ -65,11 +67,17 @@ def test_the_variant_that_was_asked_for_wins_over_the_table(monkeypatch: pytest.
     device = torch.device("cuda", 7)
     properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=81_559 << 20)
     monkeypatch.setattr(launch.torch.cuda, "get_device_properties", lambda _: properties)
+    assert pdl_options(device)["launch_pdl"]
     use_variant("ampere")
     try:
+        with ThreadPoolExecutor(1) as another_thread:
+            variant_of.cache_clear()
+            assert another_thread.submit(variant_of, device).result() == "ampere"
         assert variant_of(device) == "ampere"
+        assert not pdl_options(device)["launch_pdl"]
         assert variant_of(torch.device("cpu")) == "generic"
     finally:
         use_variant("")
     assert variant_of(device) == "hopper"
+    assert pdl_options(device)["launch_pdl"]
     variant_of.cache_clear()

@@ -90,6 +90,14 @@ def test_kernel_takes_rows_that_lie_apart(device: torch.device) -> None:
     torch.testing.assert_close(wide[:, :2], before[:, :2])
 
 
+def test_fused_form_refuses_what_does_not_fit() -> None:
+    hidden, weight, bias, eps = example_inputs(2, 8)
+    with pytest.raises(ValueError, match=r"parameter \(4,\) does not fit"):
+        add_layer_norm(hidden, hidden.clone(), weight, bias[:4], eps)
+    with pytest.raises(ValueError, match="residual"):
+        add_layer_norm(hidden, hidden[:1].clone(), weight, bias, eps)
+
+
 def test_kernel_refuses_a_bias_that_does_not_fit(device: torch.device) -> None:
     hidden, weight, _, eps = example_inputs(2, 8)
     with pytest.raises(ValueError, match=r"parameter \(4,\) does not fit"):

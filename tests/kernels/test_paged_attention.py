@@ -92,6 +92,33 @@ def test_decodes_over_odd_lengths(num_heads: int, num_kv_heads: int, head_dim: i
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_queries_may_have_their_heads_apart() -> None:
+    torch.manual_seed(0)
+    query, cache, metadata = example_inputs([1, 1], [17, 40])
+    apart = query.transpose(0, 1).contiguous().transpose(0, 1)
+    output = paged_attention(apart, cache, metadata, scale=0.25)
+    torch.testing.assert_close(output, paged_attention(query, cache, metadata, scale=0.25))
+
+
+def test_refuses_queries_of_other_heads_and_blocks_with_gaps() -> None:
+    query, cache, metadata = example_inputs([1, 1], [17, 40])
+    for other in (query[..., :8], query[:, :5]):
+        with pytest.raises(ValueError, match="do not fit 2 KV heads of 16"):
+            paged_attention(other, cache, metadata, scale=0.25)
+    with pytest.raises(ValueError, match="one piece"):
+        paged_attention(query, cache[:, :, ::2], metadata, scale=0.25)
+
+
+@pytest.mark.parametrize("contexts", [[17, 0, 40, 0], [0, 0]], ids=["some", "all"])
+def test_padding_among_decodes_is_zeros(contexts: list[int]) -> None:
+    torch.manual_seed(0)
+    query, cache, metadata = example_inputs([1] * len(contexts), [max(context, 1) for context in contexts])
+    metadata = replace(metadata, seq_lens=torch.tensor(contexts), context_lens=tuple(contexts))
+    output = paged_attention(query, cache, metadata, scale=0.25)
+    expected = dense_attention(query, cache, metadata, Scoring(0.25))
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
+
+
 SCORINGS = {
     "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625, 2.0, 0.0])},
     "softcap": {"softcap": 3.0},

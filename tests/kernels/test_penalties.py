@@ -183,6 +183,20 @@ def test_forbidden_tokens_are_impossible_and_the_others_unchanged() -> None:
     assert torch.equal(logits, expected)
 
 
+def test_tokens_outside_the_vocabulary_touch_no_other_row() -> None:
+    outside = [10, 13, -1, -2147483648, 2147483647]
+    rows, token_ids = integers([1] * 5), integers(outside)
+    logits = torch.ones(3, 10, device=DEVICE)
+    forbid_tokens_(logits, rows, token_ids)
+    add_logit_bias_(logits, rows, token_ids, floats([1.0] * 5))
+    assert (logits == 1).all()
+    assert (add_logit_bias_reference(logits, rows, token_ids, floats([1.0] * 5)) == 1).all()
+    tables = allocate_tables(3, 10, DEVICE)
+    add_output_tokens(tables, rows, token_ids.long())
+    add_output_tokens_reference(tables, rows, token_ids.long())
+    assert not tables.output_counts.any()
+
+
 def test_an_empty_list_or_batch_changes_nothing() -> None:
     logits = torch.ones(2, 5, device=DEVICE)
     forbid_tokens_(logits, integers([]), integers([]))

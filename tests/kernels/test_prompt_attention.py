@@ -7,7 +7,7 @@ from octavo_kernels.ops import prompt_attention
 from octavo_kernels.ops.attention_metadata import AttentionMetadata, Scoring
 from octavo_kernels.ops.paged_attention import example_inputs, run_attention
 from octavo_kernels.ops.paged_attention_triton import plan_triton_attention
-from octavo_kernels.ops.prompt_attention import PromptRows, find_prompts, is_plain
+from octavo_kernels.ops.prompt_attention import PromptRows, find_prompts
 
 CACHE = torch.zeros(1, 2, 16, 2, 64, dtype=torch.bfloat16)
 
@@ -42,10 +42,10 @@ def test_leaves_the_rest_to_the_paged_kernels(
 
 
 def test_scores_that_are_more_than_scaled_are_not_plain() -> None:
-    assert is_plain(Scoring(0.3))
-    assert not is_plain(Scoring(0.3, softcap=30.0))
-    assert not is_plain(Scoring(0.3, alibi_slopes=torch.ones(2)))
-    assert not is_plain(Scoring(0.3, v_scale=2.0))
+    assert Scoring(0.3).is_plain
+    assert not Scoring(0.3, softcap=30.0).is_plain
+    assert not Scoring(0.3, alibi_slopes=torch.ones(2)).is_plain
+    assert not Scoring(0.3, v_scale=2.0).is_plain
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """RMS normalisation against float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from octavo_kernels.ops.rms_norm import (
@@ -49,6 +51,16 @@ def test_fused_form_adds_the_residual_first(dtype: torch.dtype) -> None:
     output, total = add_rms_norm(hidden, residual, weight, eps)
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(output, rms_norm(expected, weight, eps))
+
+
+def test_fused_form_takes_rows_that_lie_apart() -> None:
+    torch.manual_seed(0)
+    wide = torch.randn(5, 3, 40)
+    hidden, residual, weight = wide[:, 0], wide[:, 2], torch.randn(40)
+    expected = hidden + residual
+    output, total = add_rms_norm(hidden, residual, weight, 1e-5)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(output, rms_norm(expected, weight, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", KERNEL_TOLERANCE, ids=str)
@@ -108,8 +120,10 @@ def test_kernel_normalises_each_head(device: torch.device) -> None:
     ],
     ids=["residual", "weight", "strides", "too wide"],
 )
-def test_kernel_refuses_what_does_not_fit(
-    hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, device: torch.device
+@pytest.mark.parametrize("add", [add_rms_norm, add_rms_norm_triton])
+def test_refuses_what_does_not_fit(
+    hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, add: Any, device: torch.device
 ) -> None:
+    place = device if add is add_rms_norm_triton else torch.device("cpu")
     with pytest.raises(ValueError, match=r"rows|fit"):
-        add_rms_norm_triton(hidden.to(device), residual.to(device), weight.to(device), 1e-5)
+        add(hidden.to(place), residual.to(place), weight.to(place), 1e-5)

@@ -201,12 +201,16 @@ def test_is_captured_in_a_graph(device: torch.device) -> None:
         ({"sin": None}, "come together"),
         ({"k_norm_weight": torch.ones(16)}, "come together"),
         ({"cos": torch.ones(3, 1, 18)}, "rotary table"),
+        ({"sin": torch.ones(3, 1, 8)}, "rotary table"),
         ({"q_norm_weight": torch.ones(8), "k_norm_weight": torch.ones(16)}, "norm weight"),
         ({"slot_mapping": torch.zeros(2, dtype=torch.int64)}, "does not fit 3 tokens"),
     ],
-    ids=["heads", "sine", "one norm", "table", "weight", "slots"],
+    ids=["heads", "sine", "one norm", "table", "tables", "weight", "slots"],
 )
-def test_kernel_refuses_what_does_not_fit(change: dict[str, object], message: str, device: torch.device) -> None:
+def test_refuses_what_does_not_fit(change: dict[str, object], message: str, device: torch.device) -> None:
     inputs = inputs_of(Case(), 3, torch.float32, torch.device("cpu")) | change
     with pytest.raises(ValueError, match=message):
         rotate_and_write_kv_triton(**inputs)
+    kv_rows = locate_rows(inputs.pop("slot_mapping"), inputs["kv_cache_layer"])
+    with pytest.raises(ValueError, match=message):
+        rotate_and_write_kv(**inputs, kv_rows=kv_rows)

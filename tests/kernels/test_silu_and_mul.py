@@ -21,6 +21,17 @@ def test_equals_reference(num_tokens: int, size: int, dtype: torch.dtype, tolera
     torch.testing.assert_close(output.double(), gate / (1 + torch.exp(-gate)) * up, atol=tolerance, rtol=tolerance)
 
 
+def test_takes_rows_that_lie_apart() -> None:
+    torch.manual_seed(0)
+    wide = torch.randn(5, 50)
+    torch.testing.assert_close(silu_and_mul(wide[:, :40]), silu_and_mul(wide[:, :40].contiguous()))
+
+
+def test_refuses_an_odd_row() -> None:
+    with pytest.raises(ValueError, match="even length"):
+        silu_and_mul(torch.zeros(2, 3))
+
+
 @pytest.mark.parametrize(
     ("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float16, 6e-4), (torch.bfloat16, 8e-3)], ids=str
 )

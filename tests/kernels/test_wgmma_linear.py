@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from octavo_kernels import cuda_source
-from octavo_kernels.cuda_source import cached_cubin, compile_cubin
+from octavo_kernels.cuda_source import CudaKernel, cached_cubin, compile_cubin
 from octavo_kernels.linear_choice import Choice, LinearShape, read_choices, write_choices
 from octavo_kernels.ops.gemv import reference
 from octavo_kernels.ops.linear import GpuLinear, linear_silu_and_mul
@@ -140,6 +140,21 @@ def test_rejects_what_does_not_fit() -> None:
         wgmma_linear(hidden, weight, None, Launch(64, cluster_k=2), is_gated=True)
 
 
+def test_launches_with_the_tensors_device_current(
+    monkeypatch: pytest.MonkeyPatch, entered_devices: list[torch.device]
+) -> None:
+    second = torch.device("cuda", 1)
+
+    def function(kernel: CudaKernel, device: torch.device) -> None:
+        assert entered_devices == [device] == [second]
+        raise LookupError
+
+    monkeypatch.setattr(cuda_source, "_function", function)
+    kernel = kernel_of(Launch(64), torch.bfloat16, is_gated=False, has_bias=False)
+    with pytest.raises(LookupError):
+        cuda_source.launch(kernel, 1, (), second)
+
+
 @pytest.mark.parametrize("block_n", range(16, 257, 16))
 def test_the_pipeline_fits_into_shared_memory(block_n: int) -> None:
     launch = Launch(block_n, 2)
@@ -186,7 +201,7 @@ def test_candidates_fill_the_multiprocessors() -> None:
 
 def test_a_table_keeps_launches(tmp_path: Path) -> None:
     choice = Choice(LinearShape(8, 16, is_gated=True), 256, Launch(224, 2, 2), 1.0, 2.0)
-    write_choices(tmp_path / "gpu.json", [choice], {})
+    write_choices(tmp_path / "gpu.json", [choice], [])
     assert read_choices(tmp_path / "gpu.json") == [choice]
 
 

@@ -49,7 +49,7 @@ def argmax_rows(logits: torch.Tensor) -> torch.Tensor:
     """The token of the largest logit of each row: the lowest of equals; NaN counts as -inf.
 
     logits:  [num_rows, vocab_size] float32, bfloat16 or float16, last dimension contiguous
-    Returns  [num_rows] int64; 0 for a row without any finite logit
+    Returns  [num_rows] int64; 0 for a row of -inf and NaN only
     Raises ValueError if the logits have another shape, type or layout.
     """
     check_logits(logits)

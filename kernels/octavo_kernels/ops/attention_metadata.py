@@ -52,6 +52,26 @@ class Scoring:
     k_scale: float = 1.0
     v_scale: float = 1.0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether scores are scale * q.k and nothing else, as fused attention computes them."""
+        return self.alibi_slopes is None and not self.softcap and self.k_scale == self.v_scale == 1.0
+
+
+def check_query(query: torch.Tensor, kv_cache_layer: torch.Tensor, scoring: Scoring) -> None:
+    """What every kernel asks of the queries and the slopes. Raises ValueError."""
+    _, _, _, num_kv_heads, head_dim = kv_cache_layer.shape
+    if query.ndim != 3 or query.shape[2] != head_dim or query.stride(2) != 1 or query.shape[1] % num_kv_heads:
+        raise ValueError(
+            f"queries {tuple(query.shape)} with strides {query.stride()} do not fit {num_kv_heads} KV heads of "
+            f"{head_dim} elements"
+        )
+    slopes = scoring.alibi_slopes
+    if slopes is not None and (
+        slopes.shape != query.shape[1:2] or slopes.dtype != torch.float32 or not slopes.is_contiguous()
+    ):
+        raise ValueError(f"ALiBi takes [{query.shape[1]}] contiguous float32 slopes, not {slopes.shape} {slopes.dtype}")
+
 
 class AttentionPlan(Protocol):
     """What one step's attention consists of, for every layer with the window that it was planned for."""

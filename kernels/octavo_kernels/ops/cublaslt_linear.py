@@ -160,11 +160,12 @@ def cublaslt_linear(hidden: torch.Tensor, weight: torch.Tensor, launch: Launch) 
     problem = _problem(num_tokens, hidden.stride(0), out_features, in_features, hidden.dtype)
     output = hidden.new_empty(num_tokens, out_features)
     pointer = ctypes.c_void_p
-    _call(
-        "cublasLtMatmul", _handle(hidden.device), problem.description, ctypes.byref(_ONE),
-        pointer(weight.data_ptr()), problem.weight, pointer(hidden.data_ptr()), problem.hidden, ctypes.byref(_ZERO),
-        pointer(output.data_ptr()), problem.output, pointer(output.data_ptr()), problem.output, _algorithm(launch),
-        pointer(_workspace(hidden.device).data_ptr()), ctypes.c_size_t(MAX_WORKSPACE_BYTES),
-        pointer(torch.cuda.current_stream(hidden.device).cuda_stream),
-    )  # fmt: skip
+    with torch.cuda.device(hidden.device):
+        _call(
+            "cublasLtMatmul", _handle(hidden.device), problem.description, ctypes.byref(_ONE),
+            pointer(weight.data_ptr()), problem.weight, pointer(hidden.data_ptr()), problem.hidden, ctypes.byref(_ZERO),
+            pointer(output.data_ptr()), problem.output, pointer(output.data_ptr()), problem.output, _algorithm(launch),
+            pointer(_workspace(hidden.device).data_ptr()), ctypes.c_size_t(MAX_WORKSPACE_BYTES),
+            pointer(torch.cuda.current_stream(hidden.device).cuda_stream),
+        )  # fmt: skip
     return output

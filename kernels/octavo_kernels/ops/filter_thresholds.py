@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import VARIANTS, CompileExample, cdiv, next_power_of_2, signature_of, variant_of
+from octavo_kernels.launch import LOG2_E, VARIANTS, CompileExample, cdiv, next_power_of_2, signature_of, variant_of
 from octavo_kernels.ops.argmax import load_logits, order_preserving
 from octavo_kernels.ops.sampling_tensors import SamplingTensors
 
@@ -126,7 +126,7 @@ def _asks_for_filters(temperature, top_k, top_p, min_p):
 @triton.jit
 def _exponent_scale(temperature):
     """exp(x / temperature) = exp2(x * scale). Below a millionth only the best has weight: no need to divide by 0."""
-    return 1.4426950408889634 / tl.maximum(temperature, 1e-6)
+    return LOG2_E / tl.maximum(temperature, 1e-6)
 
 
 @triton.jit

@@ -7,14 +7,13 @@ arithmetic: a matrix unit would leave all but a few of its rows empty. `small_m_
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 # ruff: noqa: N806
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import VARIANTS, CompileExample, cdiv
+from octavo_kernels.launch import CompileExample, cdiv
 from octavo_kernels.pdl import PDL_VARIANTS, launch_next, pdl_options, wait_for_previous
 
 MAX_TOKENS = 4
@@ -22,7 +21,7 @@ MAX_TOKENS = 4
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How the weight is cut.
+    """How the weight is cut; `linear_choice` holds what was measured for each.
 
     block_n, block_k: rows of the weight for a program, even, and columns that it takes at a time, both powers of two.
                       A thread keeps block_n * block_k / (32 num_warps) elements in flight while it multiplies as many;
@@ -32,10 +31,6 @@ class Launch:
     block_n: int
     block_k: int
     num_warps: int
-
-
-# Measured choices for each shape of a weight are in `linear_choice`.
-LAUNCH: Mapping[str, Launch] = dict.fromkeys(VARIANTS, Launch(block_n=8, block_k=1024, num_warps=4))
 
 
 def reference(
@@ -155,7 +150,7 @@ def gemv(
 
     hidden: [num_tokens, in_features], rows contiguous
     weight: [out_features, in_features], contiguous, of the type of `hidden`
-    bias:   [out_features], contiguous, or None
+    bias:   [out_features], contiguous, of the same type, or None
     Returns [num_tokens, out_features], gated [num_tokens, out_features / 2], contiguous, in the type of `hidden`.
     Raises ValueError if the arguments do not fit or there are too many tokens.
     """
@@ -196,32 +191,33 @@ def check_linear_arguments(
         )
     if is_gated and weight.shape[0] % 2:
         raise ValueError(f"a gate and a projection do not make {weight.shape[0]} rows")
-    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()):
-        raise ValueError(f"bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype or not bias.is_contiguous()):
+        raise ValueError(
+            f"bias {tuple(bias.shape)} {bias.dtype} does not fit weight {tuple(weight.shape)} {weight.dtype}"
+        )
 
 
-def compile_examples(variant: str) -> list[CompileExample]:
-    """The kernel for one and four tokens, plain and gated."""
-    launch = LAUNCH[variant]
+def compile_example(
+    variant: str, launch: Launch, num_tokens: int, *, is_gated: bool, is_even_k: bool, has_bias: bool
+) -> CompileExample:
+    """The kernel of one launch, see `linear.compile_examples`. is_even_k: no tile of columns is a partial one"""
     pointers = dict.fromkeys(("output_ptr", "hidden_ptr", "weight_ptr", "bias_ptr"), "*bf16")
     numbers = dict.fromkeys(("out_features", "in_features", "hidden_row_stride", "weight_row_stride"), "i32")
-    return [
-        CompileExample(
-            name=f"gemv {num_tokens} tokens{' gated' if is_gated else ''}",
-            function=_gemv_kernel,
-            signature=pointers | numbers,
-            constexprs={
-                "NUM_TOKENS": num_tokens,
-                "HAS_BIAS": False,
-                "IS_GATED": is_gated,
-                "IS_EVEN_K": True,
-                "BLOCK_N": launch.block_n,
-                "BLOCK_K": launch.block_k,
-                "USE_PDL": variant in PDL_VARIANTS,
-            },
-            num_warps=launch.num_warps,
-            num_stages=1,
-        )
-        for num_tokens in (1, MAX_TOKENS)
-        for is_gated in (False, True)
-    ]
+    words = [f"gemv n{launch.block_n} k{launch.block_k} {launch.num_warps} warps {num_tokens} tokens"]
+    words += [*["gated"] * is_gated, *["partial"] * (not is_even_k), *["with bias"] * has_bias]
+    return CompileExample(
+        name=" ".join(words),
+        function=_gemv_kernel,
+        signature=pointers | numbers,
+        constexprs={
+            "NUM_TOKENS": num_tokens,
+            "HAS_BIAS": has_bias,
+            "IS_GATED": is_gated,
+            "IS_EVEN_K": is_even_k,
+            "BLOCK_N": launch.block_n,
+            "BLOCK_K": launch.block_k,
+            "USE_PDL": variant in PDL_VARIANTS,
+        },
+        num_warps=launch.num_warps,
+        num_stages=1,
+    )

@@ -1,38 +1,15 @@
-"""Write a step's keys and values into the paged KV cache."""
-# Triton's kernels: untyped arguments, constexprs in capitals.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Write a step's keys and values into the paged KV cache on a CPU; on a GPU `rotate_and_write_kv` does it itself."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
-import triton
-import triton.language as tl
 
-from octavo_kernels.launch import (
-    FLOAT8_VARIANTS,
-    VARIANTS,
-    CompileExample,
-    cdiv,
-    next_power_of_2,
-    runs_triton,
-    variant_of,
-)
+from octavo_kernels.launch import runs_triton
 from octavo_kernels.native import kernels_for
 
 # The largest number of float8_e4m3fn, the one type of cache whose values are divided by a scale and clamped.
-FLOAT8_MAX = tl.constexpr(448.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """block_heads: KV heads of one token that one program writes."""
-
-    block_heads: int = 8
-    num_warps: int = 4
-
-
-LAUNCH: Mapping[str, Launch] = dict.fromkeys(VARIANTS, Launch())
+FLOAT8_MAX: Final = 448.0
 
 
 def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache_layer: torch.Tensor, slot_mapping: torch.Tensor) -> None:
@@ -43,6 +20,7 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache_layer: torch.Tenso
     key, value:     [num_tokens, num_kv_heads, head_dim]
     kv_cache_layer: [num_blocks, 2, block_size, num_kv_heads, head_dim], a view into the cache of all layers
     slot_mapping:   [num_tokens] int64, block_id * block_size + offset; -1 = padding, skipped
+    Raises ValueError if the arguments do not fit.
     Source: the block layout of PagedAttention (https://arxiv.org/abs/2309.06180), section 4.
     """
     write_kv_rows(key, value, kv_cache_layer, locate_rows(slot_mapping, kv_cache_layer))
@@ -77,7 +55,7 @@ def locate_rows(slot_mapping: torch.Tensor, kv_cache_layer: torch.Tensor) -> KvR
 
 
 def _locate_cpu_rows(slot_mapping: torch.Tensor, kv_cache_layer: torch.Tensor) -> CpuRows:
-    tokens = None
+    tokens, slot_mapping = None, slot_mapping.long()
     if bool((slot_mapping < 0).any()):
         tokens = (slot_mapping >= 0).nonzero().squeeze(1)
         slot_mapping = slot_mapping[tokens]
@@ -97,15 +75,18 @@ def write_kv_rows(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> None:
-    """`write_kv` after `locate_rows`. Heads of a token lie together.
+    """`write_kv` after `locate_rows`, on a CPU.
 
     k_scale, v_scale: what keys and values are divided by, where the cache is float8_e4m3fn
     """
-    if rows.cpu is None:
-        write_kv_triton(key, value, kv_cache_layer, rows.slots, k_scale=k_scale, v_scale=v_scale)
-        return
+    assert rows.cpu is not None, "a GPU's kernels write keys and values themselves"
+    if key.shape != value.shape:
+        raise ValueError(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ")
+    check_cache(kv_cache_layer, rows.slots, *key.shape)
+    check_blocks(kv_cache_layer)
     kernels = kernels_for(key, value, kv_cache_layer)
-    if kernels and rows.cpu.tokens is None and key.stride() == value.stride() and key[0].is_contiguous():
+    is_dense = key.stride() == value.stride() and key[:1].is_contiguous()
+    if kernels and is_dense and rows.cpu.tokens is None:
         kernels.write_kv(key, value, kv_cache_layer, rows.cpu.keys, rows.cpu.values)
         return
     if rows.cpu.tokens is not None:
@@ -123,7 +104,7 @@ def _copy_rows(matrix: torch.Tensor, rows: torch.Tensor, heads: torch.Tensor, sc
     if matrix.dtype != torch.float8_e4m3fn:
         matrix.index_copy_(0, rows, heads.to(matrix.dtype))
         return
-    stored = (heads.float() / scale).clamp(-FLOAT8_MAX.value, FLOAT8_MAX.value).to(matrix.dtype)
+    stored = (heads.float() / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(matrix.dtype)
     # As bytes, since torch copies no rows of this type.
     matrix.view(torch.uint8).index_copy_(0, rows, stored.view(torch.uint8))
 
@@ -145,73 +126,14 @@ def reference(
         for kind, heads, scale in ((0, key, k_scale), (1, value, v_scale)):
             stored = heads[token].float()
             if is_float8:
-                stored = (stored / scale).clamp(-FLOAT8_MAX.value, FLOAT8_MAX.value)
+                stored = (stored / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX)
             kv_cache_layer[slot // block_size, kind, slot % block_size] = stored.to(kv_cache_layer.dtype)
-
-
-@triton.jit
-def cached(x, scale, cache_ptr):
-    """float32 `x` as the cache stores it: rounded to its type, and for float8 divided by `scale` and clamped first."""
-    if cache_ptr.dtype.element_ty == tl.float8e4nv:
-        x = tl.clamp(x / scale, -FLOAT8_MAX, FLOAT8_MAX, propagate_nan=tl.PropagateNan.ALL)
-    return x.to(cache_ptr.dtype.element_ty)
-
-
-@triton.jit
-def _write_kv_kernel(
-    key_ptr, value_ptr, cache_ptr, slots_ptr, k_scale, v_scale,
-    key_token_stride, key_head_stride, value_token_stride, value_head_stride,
-    cache_block_stride, cache_kind_stride, cache_slot_stride, cache_head_stride,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
-):  # fmt: skip
-    """One program per token and BLOCK_HEADS of its KV heads."""
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + token).to(tl.int64)
-    if slot < 0:
-        return
-    heads = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[:, None]
-    dims = tl.arange(0, BLOCK_DIM)[None, :]
-    mask = (heads < NUM_HEADS) & (dims < HEAD_DIM)
-    key_ptrs = key_ptr + token * key_token_stride + heads * key_head_stride + dims
-    value_ptrs = value_ptr + token * value_token_stride + heads * value_head_stride + dims
-    key = tl.load(key_ptrs, mask).to(tl.float32)  # [BLOCK_HEADS, BLOCK_DIM]
-    value = tl.load(value_ptrs, mask).to(tl.float32)  # [BLOCK_HEADS, BLOCK_DIM]
-    row_ptr = cache_ptr + slot // BLOCK_SIZE * cache_block_stride + slot % BLOCK_SIZE * cache_slot_stride
-    cache_ptrs = row_ptr + heads * cache_head_stride + dims
-    tl.store(cache_ptrs, cached(key, k_scale, cache_ptr), mask)
-    tl.store(cache_ptrs + cache_kind_stride, cached(value, v_scale, cache_ptr), mask)
-
-
-def write_kv_triton(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache_layer: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    *,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
-) -> None:
-    """`write_kv` by the Triton kernel. Raises ValueError if the arguments do not fit."""
-    num_tokens, num_heads, head_dim = key.shape
-    if value.shape != key.shape or key.stride(2) != 1 or value.stride(2) != 1:
-        raise ValueError(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ, or their heads are strided")
-    check_cache(kv_cache_layer, slot_mapping, num_tokens, num_heads, head_dim)
-    launch = LAUNCH[variant_of(key.device)]
-    block_heads = min(launch.block_heads, next_power_of_2(num_heads))
-    _write_kv_kernel[(num_tokens, cdiv(num_heads, block_heads))](
-        key, value, kv_cache_layer, slot_mapping, k_scale, v_scale,
-        *key.stride()[:2], *value.stride()[:2], *kv_cache_layer.stride()[:4],
-        NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_SIZE=kv_cache_layer.shape[2],
-        BLOCK_HEADS=block_heads, BLOCK_DIM=next_power_of_2(head_dim),
-        num_warps=launch.num_warps, num_stages=1,
-    )  # fmt: skip
 
 
 def check_cache(
     kv_cache_layer: torch.Tensor, slot_mapping: torch.Tensor, num_tokens: int, num_kv_heads: int, head_dim: int
 ) -> None:
-    """What every kernel that writes to the cache asks of it. Raises ValueError."""
+    """What whoever writes to the cache asks of it. Raises ValueError."""
     num_blocks, kinds, block_size, *head_shape = kv_cache_layer.shape
     if kinds != 2 or head_shape != [num_kv_heads, head_dim] or kv_cache_layer.stride(4) != 1:
         raise ValueError(
@@ -220,6 +142,15 @@ def check_cache(
         )
     if slot_mapping.shape != (num_tokens,) or not slot_mapping.is_contiguous():
         raise ValueError(f"slot mapping {tuple(slot_mapping.shape)} does not fit {num_tokens} tokens")
+
+
+def check_blocks(kv_cache_layer: torch.Tensor) -> None:
+    """What a CPU asks of the cache: the keys of a block, then its values, without gaps. Raises ValueError."""
+    if not kv_cache_layer[:1].is_contiguous() or kv_cache_layer.stride(0) % kv_cache_layer.stride(1):
+        raise ValueError(
+            f"each block is one piece on a CPU, not {tuple(kv_cache_layer.shape)} with strides "
+            f"{kv_cache_layer.stride()}"
+        )
 
 
 def example_inputs(
@@ -232,34 +163,3 @@ def example_inputs(
     slots = torch.randperm(num_blocks * block_size)[:num_tokens]
     slots[4::5] = -1
     return key, value, cache, slots
-
-
-CACHE_STRIDES = ("cache_block_stride", "cache_kind_stride", "cache_slot_stride", "cache_head_stride")
-
-
-def compile_examples(variant: str) -> list[CompileExample]:
-    """Usual heads in bfloat16, into a cache of the same type and, where the GPU has it, of float8."""
-    types = ("bf16", "fp8e4nv") if variant in FLOAT8_VARIANTS else ("bf16",)
-    return [_compile_example(variant, 8, 128, cache_type) for cache_type in types] + [
-        _compile_example(variant, 32, 80, "bf16")
-    ]
-
-
-def _compile_example(variant: str, num_heads: int, head_dim: int, cache_type: str) -> CompileExample:
-    launch = LAUNCH[variant]
-    pointers = {"key_ptr": "*bf16", "value_ptr": "*bf16", "cache_ptr": f"*{cache_type}", "slots_ptr": "*i64"}
-    strides = ("key_token_stride", "key_head_stride", "value_token_stride", "value_head_stride", *CACHE_STRIDES)
-    return CompileExample(
-        name=f"write_kv num_kv_heads={num_heads} head_dim={head_dim} cache={cache_type}",
-        function=_write_kv_kernel,
-        signature=pointers | {"k_scale": "fp32", "v_scale": "fp32"} | dict.fromkeys(strides, "i32"),
-        constexprs={
-            "NUM_HEADS": num_heads,
-            "HEAD_DIM": head_dim,
-            "BLOCK_SIZE": 16,
-            "BLOCK_HEADS": min(launch.block_heads, next_power_of_2(num_heads)),
-            "BLOCK_DIM": next_power_of_2(head_dim),
-        },
-        num_warps=launch.num_warps,
-        num_stages=1,
-    )

@@ -33,11 +33,14 @@ def add_layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add `hidden` to the residual stream, then normalise the sum: (normalised, sum).
 
-    hidden, residual: [num_tokens, hidden_size]; `residual` is overwritten with the sum
+    hidden, residual: [num_tokens, hidden_size], rows contiguous; `residual` is overwritten with the sum
+    weight, bias:     [hidden_size], contiguous; bias None: there is none
     On a GPU what is normalised is the sum before it is rounded to the residual's type.
+    Raises ValueError if the shapes do not fit or a row exceeds `rms_norm.MAX_HIDDEN_SIZE`.
     """
     if runs_triton(hidden):
         return add_layer_norm_triton(hidden, residual, weight, bias, eps)
+    check_norm_arguments(hidden, residual, weight, bias)
     residual += hidden
     return layer_norm(residual, weight, bias, eps), residual
 

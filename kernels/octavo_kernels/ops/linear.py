@@ -10,12 +10,13 @@ every fifth token changes, so it is not among the choices.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import torch
 from torch.nn import functional
 
 from octavo_kernels import linear_choice
+from octavo_kernels.launch import CompileExample
 from octavo_kernels.linear_choice import Launch, LinearChoices, LinearShape
 from octavo_kernels.ops import cublaslt_linear, gemv, small_m_linear, wgmma_linear
 from octavo_kernels.ops.silu_and_mul import silu_and_mul
@@ -23,6 +24,11 @@ from octavo_kernels.ops.silu_and_mul import silu_and_mul
 _MAX_WEIGHT = 127
 # oneDNN lays a weight out for a number of rows; what suits few serves many nearly as well.
 _ONEDNN_ROWS = 16
+# What stands for a variant whose GPUs run all on cuBLAS, since none of them was measured.
+_EXAMPLES: Final = (
+    (gemv.Launch(block_n=8, block_k=1024, num_warps=4), 1, False),
+    (small_m_linear.Launch(block_n=64, block_k=128, num_splits=1, num_warps=4, num_stages=3), 1, False),
+)
 
 Quantization = Literal["none", "int8"]
 
@@ -141,9 +147,7 @@ class GpuLinear:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """As `PackedLinear`."""
         launch = self._launches[hidden.shape[0]] if hidden.shape[0] < len(self._launches) else None
-        if launch is None:
-            return functional.linear(hidden, self.weight, self.bias)
-        return self._run(hidden, launch, is_gated=False)
+        return run_launch(launch, hidden, self.weight, self.bias, self._arrivals, is_gated=False)
 
     def silu_and_mul(self, hidden: torch.Tensor) -> torch.Tensor:
         """As `linear_silu_and_mul`."""
@@ -151,21 +155,32 @@ class GpuLinear:
         launch = self._gated_launches[num_tokens] if num_tokens < len(self._gated_launches) else None
         if launch is None:
             return silu_and_mul(self(hidden))
-        return self._run(hidden, launch, is_gated=True)
+        return run_launch(launch, hidden, self.weight, self.bias, self._arrivals, is_gated=True)
 
-    def _run(self, hidden: torch.Tensor, launch: Launch, *, is_gated: bool) -> torch.Tensor:
-        if isinstance(launch, gemv.Launch):
-            return gemv.gemv(hidden, self.weight, self.bias, launch, is_gated=is_gated)
-        if isinstance(launch, small_m_linear.Launch):
-            return small_m_linear.small_m_linear(
-                hidden, self.weight, self.bias, launch, self._arrivals, is_gated=is_gated
-            )
-        if isinstance(launch, wgmma_linear.Launch):
-            return wgmma_linear.wgmma_linear(hidden, self.weight, self.bias, launch, is_gated=is_gated)
-        output = cublaslt_linear.cublaslt_linear(hidden, self.weight, launch)
-        if self.bias is not None:
-            output += self.bias
-        return silu_and_mul(output) if is_gated else output
+
+def run_launch(
+    launch: Launch | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    arrivals: torch.Tensor,
+    *,
+    is_gated: bool,
+) -> torch.Tensor:
+    """The layer, or silu(gate) * up of it, by a launch; by cuBLAS for None. arrivals: as of `small_m_linear`"""
+    if isinstance(launch, gemv.Launch):
+        return gemv.gemv(hidden, weight, bias, launch, is_gated=is_gated)
+    if isinstance(launch, small_m_linear.Launch):
+        return small_m_linear.small_m_linear(hidden, weight, bias, launch, arrivals, is_gated=is_gated)
+    if isinstance(launch, wgmma_linear.Launch):
+        return wgmma_linear.wgmma_linear(hidden, weight, bias, launch, is_gated=is_gated)
+    if launch is None:
+        output = functional.linear(hidden, weight, bias)
+    else:
+        output = cublaslt_linear.cublaslt_linear(hidden, weight, launch)
+        if bias is not None:
+            output += bias
+    return silu_and_mul(output) if is_gated else output
 
 
 def linear_silu_and_mul(packed: PackedLinear, hidden: torch.Tensor) -> torch.Tensor:
@@ -200,6 +215,28 @@ def choose_linear(device: torch.device, dtype: torch.dtype, quantization: Quanti
 def activation_dtype(weight_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The weights' type; float32 beside float16 weights on a CPU, which has no float16 arithmetic."""
     return torch.float32 if device.type == "cpu" and weight_dtype == torch.float16 else weight_dtype
+
+
+def compile_examples(variant: str) -> list[CompileExample]:
+    """Triton's kernels as a variant's GPUs launch them: for what was measured, and for a weight that follows it.
+
+    Such a weight may end in a partial tile of columns and have a bias.
+    """
+    launches = {
+        (launch, num_tokens, shape.is_gated)
+        for shape, num_tokens, launch in linear_choice.shipped_launches(variant)
+        if isinstance(launch, gemv.Launch | small_m_linear.Launch)
+    }
+    examples: dict[str, CompileExample] = {}
+    for launch, num_tokens, is_gated in sorted(launches or _EXAMPLES, key=repr):
+        for is_even_k in (True, False):
+            flags = {"is_gated": is_gated, "is_even_k": is_even_k, "has_bias": not is_even_k}
+            if isinstance(launch, gemv.Launch):
+                example = gemv.compile_example(variant, launch, num_tokens, **flags)
+            else:
+                example = small_m_linear.compile_example(variant, launch, num_tokens, **flags)
+            examples[example.name] = example
+    return list(examples.values())
 
 
 def example_inputs(

@@ -13,7 +13,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from octavo_kernels.native import HEAD_DIM_MULTIPLE, MAX_BLOCK_SIZE, MAX_HEAD_DIM, CpuKernels, kernels_for
-from octavo_kernels.ops.attention_metadata import AttentionMetadata, Scoring
+from octavo_kernels.ops.attention_metadata import AttentionMetadata, Scoring, check_query
+from octavo_kernels.ops.kv_write import check_blocks
 
 # Requests share a call while gathering the padding costs less than another call does.
 MAX_PADDING = 2.0
@@ -49,7 +50,8 @@ class Decodes:
     """The step's first requests, one query token each, for the C kernel, which reads blocks where they lie.
 
     block_tables, seq_lens: as in `AttentionMetadata`, of these requests; window: 0 for none
-    as_groups: the same requests for torch, planned at the first call: for scores that the C kernel does not know
+    as_groups: the same requests for torch, planned at the first call: for scores that the C kernel does not know, and
+               queries whose heads lie apart
     """
 
     kernels: CpuKernels
@@ -74,8 +76,9 @@ class TorchPlan:
         new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """As `AttentionPlan.run`; all keys and values come from the cache."""
+        check_query(query, kv_cache_layer, scoring)
         groups, decodes = self.groups, self.decodes
-        if decodes and not _is_plain(scoring):
+        if decodes and not (scoring.is_plain and query[:1].is_contiguous()):
             groups, decodes = decodes.as_groups() + groups, None
         if decodes is None and len(groups) == 1 and isinstance(groups[0].rows, slice):
             return _attend(query, kv_cache_layer, groups[0], scoring)
@@ -96,7 +99,11 @@ def plan_torch_attention(
     dtype: torch.dtype,
     sliding_window: int | None = None,
 ) -> TorchPlan:
-    """What one step needs, for every layer with this window. kv_cache_layer: any layer's; dtype: the query's."""
+    """What one step needs, for every layer with this window. kv_cache_layer: any layer's; dtype: the query's.
+
+    Raises ValueError if the cache's blocks are not each in one piece.
+    """
+    check_blocks(kv_cache_layer)
     starts = [0]
     for query_len in metadata.query_lens:
         starts.append(starts[-1] + query_len)
@@ -227,19 +234,13 @@ def _stale_slots(
     return torch.cat((key_rows, value_rows)), torch.cat((offsets, offsets))
 
 
-def _is_plain(scoring: Scoring) -> bool:
-    """Whether the scores are scale * q.k and nothing else, as fused attention computes them."""
-    has_scales = scoring.k_scale != 1.0 or scoring.v_scale != 1.0
-    return scoring.alibi_slopes is None and scoring.softcap == 0.0 and not has_scales
-
-
 def _attend(query: torch.Tensor, kv_cache_layer: torch.Tensor, group: AttentionGroup, scoring: Scoring) -> torch.Tensor:
     """[num_seqs * query_len, num_heads, head_dim] for the rows of one group."""
     num_seqs, query_len = group.num_seqs, group.query_len
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = kv_cache_layer.shape[3]
     keys, values = _gather(kv_cache_layer, group, query.dtype)
-    if not _is_plain(scoring):
+    if not scoring.is_plain:
         queries = query.reshape(num_seqs, query_len, num_kv_heads, num_heads // num_kv_heads, head_dim)
         return _attend_by_scores(queries, keys, values, group, scoring).reshape(-1, num_heads, head_dim)
     if query_len == 1:

@@ -7,7 +7,7 @@ import torch
 from octavo_kernels.ops.attention_metadata import AttentionMetadata, Scoring
 from octavo_kernels.ops.paged_decode import DecodePlan, plan_decodes, run_decodes
 from octavo_kernels.ops.paged_prefill import ChunkPlan, plan_chunks, run_chunks
-from octavo_kernels.ops.prompt_attention import PromptRows, attend_prompt, find_prompts, is_plain
+from octavo_kernels.ops.prompt_attention import PromptRows, attend_prompt, find_prompts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +43,7 @@ class TritonPlan:
         if self.decodes:
             run_decodes(output, query, kv_cache_layer, self.decodes, scoring)
         chunks = self.chunks
-        if self.prompts and new_kv and is_plain(scoring):
+        if self.prompts and new_kv and scoring.is_plain:
             for rows in self.prompts.rows:
                 attend_prompt(output, query, *new_kv, rows, scoring.scale)
             chunks = self.prompts.rest

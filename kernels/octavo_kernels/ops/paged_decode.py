@@ -17,13 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import CompileExample, cdiv, next_power_of_2, variant_of
-from octavo_kernels.ops.attention_metadata import AttentionMetadata, Scoring
+from octavo_kernels.launch import LOG2_E, CompileExample, cdiv, next_power_of_2, variant_of
+from octavo_kernels.ops.attention_metadata import AttentionMetadata, Scoring, check_query
 from octavo_kernels.ops.paged_tile import (
     argument_types,
     attend_tile,
     check_cache,
-    check_query,
     compiled_cache_dtypes,
     load_blocks,
     prefetch_tile,
@@ -283,7 +282,7 @@ def _decode_kernel(
     heads = kv_head * GROUP_SIZE + members
     slopes = tl.zeros((BLOCK_M,), dtype=tl.float32)
     if HAS_ALIBI:
-        slopes = tl.load(slopes_ptr + heads, members < GROUP_SIZE, other=0.0) * 1.4426950408889634
+        slopes = tl.load(slopes_ptr + heads, members < GROUP_SIZE, other=0.0) * LOG2_E
 
     # What a request begins with is read while the worker still attends to the one before.
     query_ptrs = query_ptr + heads[:, None] * query_head_stride + columns[None, :]

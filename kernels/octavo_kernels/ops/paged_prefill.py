@@ -16,13 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import CompileExample, cdiv, next_power_of_2, variant_of
-from octavo_kernels.ops.attention_metadata import AttentionMetadata, Scoring
+from octavo_kernels.launch import LOG2_E, CompileExample, cdiv, next_power_of_2, variant_of
+from octavo_kernels.ops.attention_metadata import AttentionMetadata, Scoring, check_query
 from octavo_kernels.ops.paged_tile import (
     argument_types,
     attend_tile,
     check_cache,
-    check_query,
     compiled_cache_dtypes,
     load_blocks,
     score_factors,
@@ -302,7 +301,7 @@ def _chunk_kernel(
     query = tl.load(query_ptrs, mask, other=0.0)  # [BLOCK_M, BLOCK_D]
     slopes = tl.zeros((BLOCK_M,), dtype=tl.float32)
     if HAS_ALIBI:
-        slopes = tl.load(slopes_ptr + heads) * 1.4426950408889634
+        slopes = tl.load(slopes_ptr + heads) * LOG2_E
 
     # Rows beyond the tile's last query repeat its position: they cost no tile, and see something.
     first_position = seq_len - query_len + first_query

@@ -8,12 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.hardware import GENERIC, HARDWARE
-from octavo_kernels.launch import next_power_of_2
+from octavo_kernels.launch import FLOAT8_VARIANTS, LOG2_E, next_power_of_2
 from octavo_kernels.ops.attention_metadata import Scoring
 from octavo_kernels.pdl import prefetch_l2
 
-LOG2_E = 1.4426950408889634
 MIN_BLOCK_SIZE = 8
 MIN_TILE, MAX_TILE = 16, 128
 _TRITON_TYPES = {
@@ -35,7 +33,8 @@ def tile_tokens(head_dim: int, cache_dtype: torch.dtype, tile_bytes: int) -> int
 def score_factors(scoring: Scoring) -> tuple[float, float]:
     """(score_scale, softcap) as `attend_tile` takes them: they include the change from exp to exp2."""
     scale = scoring.scale * scoring.k_scale
-    return (scale / scoring.softcap, scoring.softcap * LOG2_E) if scoring.softcap else (scale * LOG2_E, 0.0)
+    to_exp2 = LOG2_E.value
+    return (scale / scoring.softcap, scoring.softcap * to_exp2) if scoring.softcap else (scale * to_exp2, 0.0)
 
 
 def check_cache(kv_cache_layer: torch.Tensor, dtype: torch.dtype) -> None:
@@ -52,21 +51,6 @@ def check_cache(kv_cache_layer: torch.Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"attention has no kernel for {dtype} queries over a {kv_cache_layer.dtype} cache")
 
 
-def check_query(query: torch.Tensor, kv_cache_layer: torch.Tensor, scoring: Scoring) -> None:
-    """What the kernels ask of the queries and the slopes. Raises ValueError."""
-    _, _, _, num_kv_heads, head_dim = kv_cache_layer.shape
-    if query.ndim != 3 or query.shape[2] != head_dim or query.stride(2) != 1 or query.shape[1] % num_kv_heads:
-        raise ValueError(
-            f"queries {tuple(query.shape)} with strides {query.stride()} do not fit {num_kv_heads} KV heads of "
-            f"{head_dim} elements"
-        )
-    slopes = scoring.alibi_slopes
-    if slopes is not None and (
-        slopes.shape != query.shape[1:2] or slopes.dtype != torch.float32 or not slopes.is_contiguous()
-    ):
-        raise ValueError(f"ALiBi takes [{query.shape[1]}] contiguous float32 slopes, not {slopes.shape} {slopes.dtype}")
-
-
 def argument_types(names: Sequence[str], query_dtype: torch.dtype, cache_dtype: torch.dtype) -> dict[str, str]:
     """The types of a kernel's arguments by their names, as Triton writes them; constexprs may be among them."""
     query_ptr, cache_ptr = f"*{_TRITON_TYPES[query_dtype]}", f"*{_TRITON_TYPES[cache_dtype]}"
@@ -78,10 +62,8 @@ def argument_types(names: Sequence[str], query_dtype: torch.dtype, cache_dtype: 
 
 
 def compiled_cache_dtypes(variant: str) -> list[torch.dtype]:
-    """Types of the cache to show to a compiler: 8-bit ones only where every device of the variant converts them."""
-    rows = [row for row in (*HARDWARE, GENERIC) if row.kernel_variant == variant]
-    has_float8 = all("float8_e4m3fn" in row.dtypes for row in rows)
-    return [torch.bfloat16, torch.float8_e4m3fn] if has_float8 else [torch.bfloat16]
+    """Types of the cache to show to a compiler."""
+    return [torch.bfloat16, torch.float8_e4m3fn] if variant in FLOAT8_VARIANTS else [torch.bfloat16]
 
 
 @triton.jit
@@ -147,7 +129,7 @@ def attend_tile(
     # Where scores are only scaled, which keeps their order, the scale becomes part of the exponent's multiply-add.
     unit = score_scale
     if HAS_SOFTCAP:
-        scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (score_scale * 2.8853900817779268))))  # softcap * tanh
+        scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (score_scale * (2 * LOG2_E)))))  # softcap * tanh
         unit = 1.0
     elif HAS_ALIBI:
         scores *= score_scale

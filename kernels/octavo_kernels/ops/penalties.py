@@ -75,8 +75,9 @@ def add_prompt_tokens(tables: TokenTables, slot: int, token_ids: torch.Tensor) -
 
 def add_output_tokens_reference(tables: TokenTables, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
     """`add_output_tokens` in torch."""
-    is_token = (slots >= 0) & (token_ids >= 0)
-    cells = torch.where(is_token, slots.long() * tables.output_counts.shape[1] + token_ids, 0)
+    vocab_size = tables.output_counts.shape[1]
+    is_token = (slots >= 0) & (token_ids >= 0) & (token_ids < vocab_size)
+    cells = torch.where(is_token, slots.long() * vocab_size + token_ids, 0)
     tables.output_counts.view(-1).scatter_add_(0, cells, is_token.int())
 
 
@@ -84,7 +85,7 @@ def add_output_tokens(tables: TokenTables, slots: torch.Tensor, token_ids: torch
     """Count generated tokens, in place; may be part of a CUDA graph.
 
     slots:     [num_tokens] int32, -1 = padding, skipped; a slot may come more than once
-    token_ids: [num_tokens] int64, such as `sample_rows` returns; -1 = padding, skipped
+    token_ids: [num_tokens] int64, such as `sample_rows` returns; what is not in the vocabulary, such as -1, is skipped
     Raises ValueError if an argument has another shape or type.
     """
     _check("slots", slots, torch.int32, token_ids.shape)
@@ -98,6 +99,7 @@ def add_output_tokens(tables: TokenTables, slots: torch.Tensor, token_ids: torch
             slots,
             token_ids,
             num_tokens,
+            tables.output_counts.shape[1],
             BLOCK=launch.block_size,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
@@ -138,7 +140,7 @@ def apply_penalties_(
     Repetition first, over prompt and generated tokens: a positive logit is divided by it, another multiplied. Then
     presence + frequency * count is taken off each generated token.
 
-    logits:     [num_rows, vocab_size] float32 or bfloat16, last dimension contiguous
+    logits:     [num_rows, vocab_size] float32, bfloat16 or float16, last dimension contiguous
     slots:      [num_rows] int32, the row of the tables; -1 = padding, skipped
     repetition: [num_rows] float32, positive; 1 = off
     presence, frequency: [num_rows] float32; 0 = off
@@ -176,14 +178,16 @@ def add_logit_bias_reference(
     logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
     """`add_logit_bias_` in torch, out of place."""
-    return logits.float().index_put((rows.long(), token_ids.long()), bias, accumulate=True).to(logits.dtype)
+    is_token = (token_ids >= 0) & (token_ids < logits.shape[1])
+    cells = rows[is_token].long(), token_ids[is_token].long()
+    return logits.float().index_put(cells, bias[is_token], accumulate=True).to(logits.dtype)
 
 
 def add_logit_bias_(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, bias: torch.Tensor) -> None:
     """logits[rows[i], token_ids[i]] += bias[i], in place.
 
-    logits: [num_rows, vocab_size] float32 or bfloat16, last dimension contiguous
-    rows, token_ids: [num_entries] int32, no pair of them twice
+    logits: [num_rows, vocab_size] float32, bfloat16 or float16, last dimension contiguous
+    rows, token_ids: [num_entries] int32, no pair of them twice; a token that is not in the vocabulary is skipped
     bias:   [num_entries] float32
     Raises ValueError if an argument has another shape, type or layout.
     """
@@ -211,6 +215,7 @@ def _launch_bias(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tens
             token_ids,
             bias,
             num_entries,
+            logits.shape[1],
             HAS_BIAS=bias is not None,
             BLOCK=launch.block_size,
             num_warps=launch.num_warps,
@@ -224,13 +229,14 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _count_kernel(counts_ptr, counts_stride, slots_ptr, token_ids_ptr, num_tokens, BLOCK: tl.constexpr):
+def _count_kernel(counts_ptr, counts_stride, slots_ptr, token_ids_ptr, num_tokens, vocab_size, BLOCK: tl.constexpr):
     """Grid: one program per BLOCK tokens. Atomic, since two tokens of one slot may be the same."""
     entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     slots = tl.load(slots_ptr + entries, mask=entries < num_tokens, other=-1).to(tl.int64)
     token_ids = tl.load(token_ids_ptr + entries, mask=entries < num_tokens, other=-1)
     ones = tl.full([BLOCK], 1, tl.int32)
-    tl.atomic_add(counts_ptr + slots * counts_stride + token_ids, ones, mask=(slots >= 0) & (token_ids >= 0))
+    is_token = (slots >= 0) & (token_ids >= 0) & (token_ids < vocab_size)
+    tl.atomic_add(counts_ptr + slots * counts_stride + token_ids, ones, mask=is_token)
 
 
 @triton.jit
@@ -269,19 +275,21 @@ def _penalise_kernel(
 
 @triton.jit(do_not_specialize=["num_entries"])
 def _bias_kernel(
-    logits_ptr, row_stride, rows_ptr, token_ids_ptr, bias_ptr, num_entries, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits_ptr, row_stride, rows_ptr, token_ids_ptr, bias_ptr, num_entries, vocab_size,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Grid: one program per BLOCK entries."""
     entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     is_entry = entries < num_entries
     rows = tl.load(rows_ptr + entries, mask=is_entry, other=0).to(tl.int64)
-    token_ids = tl.load(token_ids_ptr + entries, mask=is_entry, other=0)
+    token_ids = tl.load(token_ids_ptr + entries, mask=is_entry, other=-1)
+    is_token = (token_ids >= 0) & (token_ids < vocab_size)
     logit_ptrs = logits_ptr + rows * row_stride + token_ids
     scores = tl.full([BLOCK], float("-inf"), tl.float32)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + entries, mask=is_entry, other=0.0)
-        scores = tl.load(logit_ptrs, mask=is_entry, other=0.0).to(tl.float32) + bias
-    tl.store(logit_ptrs, scores, mask=is_entry)
+        bias = tl.load(bias_ptr + entries, mask=is_token, other=0.0)
+        scores = tl.load(logit_ptrs, mask=is_token, other=0.0).to(tl.float32) + bias
+    tl.store(logit_ptrs, scores, mask=is_token)
 
 
 def example_inputs(

@@ -122,6 +122,8 @@ def _prepare_decode_kernel(
     token = tl.where(known >= 0, known.to(tl.int64), tl.load(last_tokens_ptr + slot))
     table_ptr = tables_ptr + slot * table_stride
     block_id = tl.load(table_ptr + position // block_size).to(tl.int64)
+    # All threads load the same position and token: none may overwrite what another has yet to load.
+    tl.debug_barrier()
     tl.store(input_ids_ptr + row, token)
     tl.store(positions_ptr + row, position.to(tl.int64))
     tl.store(slot_mapping_ptr + row, tl.where(is_real, block_id * block_size + position % block_size, -1))

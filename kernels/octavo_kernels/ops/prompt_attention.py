@@ -16,7 +16,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from octavo_kernels.launch import variant_of
-from octavo_kernels.ops.attention_metadata import Scoring
 
 GRANULE: Final = 1024
 MAX_HEAD_DIM: Final = 128
@@ -55,11 +54,6 @@ def find_prompts(
         found.append(PromptRows(first_row, num_tokens) if is_prompt else None)
         first_row += query_len
     return found
-
-
-def is_plain(scoring: Scoring) -> bool:
-    """Whether scores are only scaled."""
-    return scoring.alibi_slopes is None and not scoring.softcap and scoring.k_scale == scoring.v_scale == 1.0
 
 
 def attend_prompt(

@@ -50,12 +50,16 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add `hidden` to the residual stream, then normalise the sum: (normalised, sum).
 
-    hidden, residual: [num_tokens, hidden_size], contiguous; `residual` is overwritten with the sum
-    On a GPU rows may lie apart, and what is normalised is the sum before it is rounded to the residual's type.
+    hidden, residual: [num_tokens, hidden_size], rows contiguous; `residual` is overwritten with the sum
+    weight:           [hidden_size], contiguous
+    On a GPU what is normalised is the sum before it is rounded to the residual's type.
+    Raises ValueError if the shapes do not fit or a row exceeds MAX_HIDDEN_SIZE.
     """
     if runs_triton(hidden):
         return add_rms_norm_triton(hidden, residual, weight, eps)
-    if kernels := kernels_for(hidden, residual, weight):
+    check_norm_arguments(hidden, residual, weight)
+    kernels = kernels_for(hidden, residual, weight)
+    if kernels and hidden.is_contiguous() and residual.is_contiguous():
         return kernels.add_rms_norm(hidden, residual, weight, eps), residual
     residual += hidden
     return rms_norm(residual, weight, eps), residual

@@ -23,7 +23,7 @@ from octavo_kernels.launch import (
     runs_triton,
     variant_of,
 )
-from octavo_kernels.ops.kv_write import CACHE_STRIDES, KvRows, cached, check_cache, write_kv_rows
+from octavo_kernels.ops.kv_write import FLOAT8_MAX, KvRows, check_cache, write_kv_rows
 from octavo_kernels.ops.rms_norm import rms_norm
 from octavo_kernels.ops.rotary import RopeScaling, apply_rotary_, rotary_cos_sin, rotary_frequencies
 from octavo_kernels.pdl import PDL_VARIANTS, begin, pdl_options
@@ -38,6 +38,8 @@ class Launch:
 
 
 LAUNCH: Mapping[str, Launch] = dict.fromkeys(VARIANTS, Launch())
+
+_FLOAT8_MAX = tl.constexpr(FLOAT8_MAX)
 
 
 def rotate_and_write_kv(
@@ -76,6 +78,7 @@ def rotate_and_write_kv(
             k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
         return
+    _check(heads, num_heads, num_kv_heads, cos, sin, q_norm_weight, k_norm_weight)
     num_rotated = num_heads + num_kv_heads
     query, key, value = heads[:, :num_heads], heads[:, num_heads:num_rotated], heads[:, num_rotated:]
     if q_norm_weight is not None and k_norm_weight is not None:
@@ -154,10 +157,18 @@ def _rotate_and_write_kv_kernel(
     kv_heads = heads - NUM_HEADS - tl.where(is_value, NUM_KV_HEADS, 0)
     cache_ptrs = row_ptr + tl.where(is_value, cache_kind_stride, 0) + kv_heads.to(tl.int64) * cache_head_stride
     kv_scale = tl.where(is_value, v_scale, k_scale)
-    tl.store(cache_ptrs + first_dims, cached(first, kv_scale, cache_ptr), pair_mask & is_stored)
-    tl.store(cache_ptrs + second_dims, cached(second, kv_scale, cache_ptr), pair_mask & is_stored)
+    tl.store(cache_ptrs + first_dims, _cached(first, kv_scale, cache_ptr), pair_mask & is_stored)
+    tl.store(cache_ptrs + second_dims, _cached(second, kv_scale, cache_ptr), pair_mask & is_stored)
     if NUM_REST > 0:
-        tl.store(cache_ptrs + rest_dims, cached(rest, kv_scale, cache_ptr), rest_mask & is_stored)
+        tl.store(cache_ptrs + rest_dims, _cached(rest, kv_scale, cache_ptr), rest_mask & is_stored)
+
+
+@triton.jit
+def _cached(x, scale, cache_ptr):
+    """float32 `x` as the cache stores it: rounded to its type, and for float8 divided by `scale` and clamped first."""
+    if cache_ptr.dtype.element_ty == tl.float8e4nv:
+        x = tl.clamp(x / scale, -_FLOAT8_MAX, _FLOAT8_MAX, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(cache_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -237,6 +248,8 @@ def _check(
     for table in (cos, sin):
         if table is not None and not (table.is_contiguous() and _is_table(table, num_tokens, head_dim)):
             raise ValueError(f"rotary table {tuple(table.shape)} does not fit {tuple(heads.shape)}")
+    if cos is not None and sin is not None and cos.shape != sin.shape:
+        raise ValueError(f"rotary table {tuple(sin.shape)} does not fit {tuple(cos.shape)}")
     for weight in (q_norm_weight, k_norm_weight):
         if weight is not None and (weight.shape != (head_dim,) or not weight.is_contiguous()):
             raise ValueError(f"norm weight {tuple(weight.shape)} does not fit {tuple(heads.shape)}")
@@ -303,7 +316,8 @@ def _compile_example(
         "cache_ptr": f"*{cache_type}",
         "slots_ptr": "*i64",
     }
-    scalars = dict.fromkeys(("eps", "k_scale", "v_scale"), "fp32") | dict.fromkeys(CACHE_STRIDES, "i32")
+    strides = ("cache_block_stride", "cache_kind_stride", "cache_slot_stride", "cache_head_stride")
+    scalars = dict.fromkeys(("eps", "k_scale", "v_scale"), "fp32") | dict.fromkeys(strides, "i32")
     return CompileExample(
         name=f"rotate_and_write_kv {model} heads={num_heads}/{num_kv_heads} head_dim={head_dim} cache={cache_type}",
         function=_rotate_and_write_kv_kernel,

@@ -87,9 +87,9 @@ def sample_rows(logits: torch.Tensor, sampling: SamplingTensors, *, any_filters:
     top-k: fewer than k tokens are likelier. top-p: the likelier ones that top-k kept hold less than p of the weight of
     all that top-k kept. min-p: at least p times as likely as the best. Equally likely tokens are thus kept or dropped
     together, so top-k can keep more than k; only k = 1 takes the lowest of equals, as greedy does. The best is always
-    kept. NaN counts as -inf, and -inf is never drawn, except that a row without any finite logit gives token 0.
+    kept. NaN counts as -inf, and -inf is never drawn, except that a row of -inf and NaN only gives token 0.
 
-    logits:      [num_rows, vocab_size] float32 or bfloat16, last dimension contiguous
+    logits:      [num_rows, vocab_size] float32, bfloat16 or float16, last dimension contiguous
     any_filters: False promises that no row filters, which saves two launches
     Returns      [num_rows] int64
     Raises ValueError if an argument has another shape, type or layout.

@@ -28,14 +28,15 @@ LAUNCH: Mapping[str, Launch] = dict.fromkeys(VARIANTS, Launch())
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, where `gate_up` holds both side by side.
 
-    gate_up: [num_tokens, 2 * intermediate_size], contiguous
+    gate_up: [num_tokens, 2 * intermediate_size], rows contiguous
     Returns  [num_tokens, intermediate_size], contiguous
-    On a GPU computed in float32 and rounded once. Raises ValueError there if the shape does not fit.
+    On a GPU computed in float32 and rounded once. Raises ValueError if the shape does not fit.
     Source: Shazeer, "GLU Variants Improve Transformer" (https://arxiv.org/abs/2002.05202), SwiGLU.
     """
     if runs_triton(gate_up):
         return silu_and_mul_triton(gate_up)
-    if kernels := kernels_for(gate_up):
+    check_gate_up(gate_up)
+    if gate_up.is_contiguous() and (kernels := kernels_for(gate_up)):
         return kernels.silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate).mul_(up)

@@ -8,14 +8,13 @@ depend on which one that was.
 # Triton's kernels: untyped arguments, constexprs in capitals.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from octavo_kernels.launch import VARIANTS, CompileExample, cdiv, next_power_of_2
+from octavo_kernels.launch import CompileExample, cdiv, next_power_of_2
 from octavo_kernels.ops.gemv import check_linear_arguments, silu_times, weight_rows
 from octavo_kernels.pdl import PDL_VARIANTS, launch_next, pdl_options, prefetch_l2, wait_for_previous
 
@@ -26,7 +25,7 @@ _MIN_BLOCK_M = 16
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How the weight is cut.
+    """How the weight is cut; `linear_choice` holds what was measured for each.
 
     block_n, block_k: rows of the weight for a program, even, and columns of a stage of its pipeline, powers of two
     num_splits:       programs that share a block of rows
@@ -42,15 +41,6 @@ class Launch:
     def num_arrivals(self, out_features: int) -> int:
         """Counters that the programs of a launch need, see `small_m_linear`."""
         return -(-out_features // self.block_n) if self.num_splits > 1 else 0
-
-
-# Measured choices for each shape of a weight are in `linear_choice`. An Ampere or Ada multiprocessor has as little as
-# 99 KiB of shared memory for a program.
-_SMALL = Launch(block_n=64, block_k=128, num_splits=1, num_warps=4, num_stages=3)
-_LARGE = Launch(block_n=64, block_k=128, num_splits=1, num_warps=4, num_stages=5)
-LAUNCH: Mapping[str, Launch] = dict.fromkeys(VARIANTS, _SMALL) | dict.fromkeys(
-    ("hopper", "grace-hopper", "blackwell"), _LARGE
-)
 
 
 @triton.jit
@@ -175,7 +165,7 @@ def small_m_linear(
 
     hidden:   [num_tokens, in_features], rows contiguous
     weight:   [out_features, in_features], contiguous, of the type of `hidden`
-    bias:     [out_features], contiguous, or None
+    bias:     [out_features], contiguous, of the same type, or None
     arrivals: int32 on the device, at least `launch.num_arrivals(out_features)`, zeros, and zeros again afterwards.
               Launches that share it must not overlap. Only with several splits
     Returns   [num_tokens, out_features], gated [num_tokens, out_features / 2], contiguous, in the type of `hidden`.
@@ -184,7 +174,7 @@ def small_m_linear(
     check_linear_arguments(hidden, weight, bias, MAX_TOKENS, is_gated=is_gated)
     (num_tokens, in_features), out_features = hidden.shape, weight.shape[0]
     num_tiles = cdiv(out_features, launch.block_n)
-    block_m = max(_MIN_BLOCK_M, next_power_of_2(num_tokens))
+    block_m = _block_m(num_tokens)
     output = hidden.new_empty(num_tokens, out_features // 2 if is_gated else out_features)
     partials = output
     if launch.num_splits > 1:
@@ -219,6 +209,11 @@ def small_m_linear(
     return output
 
 
+def _block_m(num_tokens: int) -> int:
+    """Columns of a matrix unit that the tokens are."""
+    return max(_MIN_BLOCK_M, next_power_of_2(num_tokens))
+
+
 def _prefetched_bytes(weight: torch.Tensor, launch: Launch) -> int:
     """What each part of a row has at least and a pipeline fetches before it first waits; 0 if rows are not aligned."""
     in_features = weight.shape[1]
@@ -230,31 +225,32 @@ def _prefetched_bytes(weight: torch.Tensor, launch: Launch) -> int:
     return min((launch.num_stages - 1) * launch.block_k, last_part) * weight.itemsize
 
 
-def compile_examples(variant: str) -> list[CompileExample]:
-    """The kernel for 16 and 64 tokens, plain, gated and with four splits."""
-    launch = LAUNCH[variant]
+def compile_example(
+    variant: str, launch: Launch, num_tokens: int, *, is_gated: bool, is_even_k: bool, has_bias: bool
+) -> CompileExample:
+    """The kernel of one launch, see `linear.compile_examples`. is_even_k: no tile of columns is a partial one"""
     pointers = dict.fromkeys(("output_ptr", "hidden_ptr", "weight_ptr", "bias_ptr"), "*bf16")
     workspace = {"partials_ptr": "*fp32", "arrivals_ptr": "*i32"}
     numbers = ("num_tokens", "out_features", "in_features", "hidden_row_stride", "weight_row_stride")
-    return [
-        CompileExample(
-            name=f"small_m_linear {block_m} tokens{' gated' if is_gated else ''}, {num_splits} splits",
-            function=_small_m_linear_kernel,
-            signature=pointers | workspace | dict.fromkeys(numbers, "i32"),
-            constexprs={
-                "HAS_BIAS": False,
-                "IS_GATED": is_gated,
-                "IS_EVEN_K": True,
-                "BLOCK_M": block_m,
-                "BLOCK_N": launch.block_n,
-                "BLOCK_K": launch.block_k,
-                "NUM_SPLITS": num_splits,
-                "PREFETCHED_BYTES": 1024 if variant in PDL_VARIANTS else 0,
-                "USE_PDL": variant in PDL_VARIANTS,
-            },
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-        )
-        for block_m in (_MIN_BLOCK_M, MAX_TOKENS)
-        for is_gated, num_splits in ((False, 1), (True, 1), (False, 4))
-    ]
+    block_m = _block_m(num_tokens)
+    words = [f"small_m_linear n{launch.block_n} k{launch.block_k} x{launch.num_splits} {launch.num_warps} warps"]
+    words += [f"{launch.num_stages} stages {block_m} tokens"]
+    words += [*["gated"] * is_gated, *["partial"] * (not is_even_k), *["with bias"] * has_bias]
+    return CompileExample(
+        name=" ".join(words),
+        function=_small_m_linear_kernel,
+        signature=pointers | workspace | dict.fromkeys(numbers, "i32"),
+        constexprs={
+            "HAS_BIAS": has_bias,
+            "IS_GATED": is_gated,
+            "IS_EVEN_K": is_even_k,
+            "BLOCK_M": block_m,
+            "BLOCK_N": launch.block_n,
+            "BLOCK_K": launch.block_k,
+            "NUM_SPLITS": launch.num_splits,
+            "PREFETCHED_BYTES": 2 * (launch.num_stages - 1) * launch.block_k if variant in PDL_VARIANTS else 0,
+            "USE_PDL": variant in PDL_VARIANTS,
+        },
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )

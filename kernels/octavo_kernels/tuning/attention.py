@@ -34,7 +34,7 @@ _TOLERANCE: Final = 2e-2
 ROW_KEYS: Final = ("kind", "num_heads", "num_kv_heads", "head_dim", "cache_dtype")
 
 Launch = paged_decode.Launch | paged_prefill.Launch
-Kind = Literal["decode", "prefill"]
+Kind = Literal["decode", "many decodes", "prefill"]
 
 DECODE_LAUNCHES: Final = tuple(
     paged_decode.Launch(tile_bytes, min_tiles, workers, num_warps, num_stages, combined_elements)
@@ -59,7 +59,7 @@ PREFILL_LAUNCHES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is tuned together: one kernel for one set of heads. shipped: what its `LAUNCH` says for this GPU."""
+    """What is tuned together: one kernel for one set of heads. shipped: what serving launches for all the batches."""
 
     kind: Kind
     heads: Heads
@@ -68,12 +68,17 @@ class Job:
     candidates: tuple[Launch, ...]
 
 
-def jobs(all_heads: Sequence[Heads], device: torch.device) -> Iterator[Job]:
-    """Decodes and chunks of all these heads."""
+def jobs(all_heads: Sequence[Heads], cache_dtype: torch.dtype, device: torch.device) -> Iterator[Job]:
+    """Decodes and chunks of all these heads; many decodes by themselves, where they have a launch of their own."""
     variant = variant_of(device)
     for heads in all_heads:
-        shipped = paged_decode.LAUNCH[variant]
-        yield Job("decode", heads, tuple(decode_batches()), shipped, DECODE_LAUNCHES)
+        by_launch: dict[paged_decode.Launch, list[Batch]] = {}
+        for batch in decode_batches():
+            shipped = paged_decode.launch_for(variant, heads.head_dim, cache_dtype, len(batch.query_lens))
+            by_launch.setdefault(shipped, []).append(batch)
+        for shipped, batches in by_launch.items():
+            kind: Kind = "decode" if shipped == paged_decode.LAUNCH[variant] else "many decodes"
+            yield Job(kind, heads, tuple(batches), shipped, DECODE_LAUNCHES)
     for heads in all_heads:
         launch = paged_prefill.launch_for(variant, heads.head_dim)
         yield Job("prefill", heads, tuple(prefill_batches()), launch, PREFILL_LAUNCHES)

@@ -79,12 +79,15 @@ def _tune_linear(
 ) -> None:
     import torch
 
+    from octavo_kernels.linear_choice import read_choices
     from octavo_kernels.tuning import tables
     from octavo_kernels.tuning.linear import NUM_TOKENS, tune_linear
 
+    known = read_choices(path) if path.exists() else []
     tune_linear(
-        targets, tokens or NUM_TOKENS, torch.device("cuda"), lambda choices: tables.add_choices(path, choices, gpu),
-        click.echo, num_processes=num_processes, deadline_s=deadline_s,
+        targets, tokens or NUM_TOKENS, known, torch.device("cuda"),
+        lambda choices: tables.add_choices(path, choices, gpu), click.echo,
+        num_processes=num_processes, deadline_s=deadline_s,
     )  # fmt: skip
 
 
@@ -102,7 +105,7 @@ def _tune_attention(
         raise click.UsageError(f"{gpu} has no 8-bit floats: leave out --kv-cache-dtype fp8")
     cache_dtype = torch.float8_e4m3fn if kv_cache_dtype == "fp8" else torch.bfloat16
     all_heads = list(dict.fromkeys(heads for target in targets for heads in target.heads))
-    all_jobs = [replace(job, candidates=()) if shipped_only else job for job in jobs(all_heads, device)]
+    all_jobs = [replace(job, candidates=()) if shipped_only else job for job in jobs(all_heads, cache_dtype, device)]
     tune_attention(
         all_jobs, cache_dtype, device, lambda rows: tables.add_rows(path, rows, ROW_KEYS, gpu), click.echo,
         deadline_s=deadline_s,

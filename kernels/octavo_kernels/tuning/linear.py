@@ -1,4 +1,4 @@
-"""Linear layers of few tokens: cuBLAS against cuBLASLt's other algorithms and Octavo's kernels, and the winners' table.
+"""Linear layers of up to some hundred tokens: cuBLAS against cuBLASLt's other algorithms and Octavo's kernels.
 
 Every candidate is checked against float32 and must give the same bits twice before it is timed.
 """
@@ -11,13 +11,10 @@ from multiprocessing import get_context
 from typing import Final
 
 import torch
-from torch.nn import functional
 
-from octavo_kernels.linear_choice import Choice, Launch, LinearChoices, LinearShape, by_num_tokens
-from octavo_kernels.ops import cublaslt_linear, gemv, small_m_linear, wgmma_linear
+from octavo_kernels.linear_choice import Choice, Launch, LinearChoices, LinearShape, by_num_tokens, understood
 from octavo_kernels.ops.gemv import reference
-from octavo_kernels.ops.linear import GpuLinear
-from octavo_kernels.ops.silu_and_mul import silu_and_mul
+from octavo_kernels.ops.linear import GpuLinear, run_launch
 from octavo_kernels.tuning.linear_candidates import OwnLaunch, candidates, compile_key, describe, proposals
 from octavo_kernels.tuning.targets import Layer, Target
 from octavo_kernels.tuning.timing import median_us
@@ -55,17 +52,7 @@ class Bench:
 
     def call(self, launch: Launch | None, hidden: torch.Tensor, copy: int = 0) -> torch.Tensor:
         """The layer, once. No launch: cuBLAS and, gated, the activation by itself."""
-        weight, is_gated = self.weights[copy], self.shape.is_gated
-        if isinstance(launch, gemv.Launch):
-            return gemv.gemv(hidden, weight, None, launch, is_gated=is_gated)
-        if isinstance(launch, small_m_linear.Launch):
-            return small_m_linear.small_m_linear(hidden, weight, None, launch, self.arrivals, is_gated=is_gated)
-        if isinstance(launch, wgmma_linear.Launch):
-            return wgmma_linear.wgmma_linear(hidden, weight, None, launch, is_gated=is_gated)
-        if isinstance(launch, cublaslt_linear.Launch):
-            return cublaslt_linear.cublaslt_linear(hidden, weight, launch)
-        output = functional.linear(hidden, weight)
-        return silu_and_mul(output) if is_gated else output
+        return run_launch(launch, hidden, self.weights[copy], None, self.arrivals, is_gated=self.shape.is_gated)
 
     def time_us(self, launch: Launch | None, hidden: torch.Tensor) -> float:
         """Microseconds of one call."""
@@ -105,6 +92,7 @@ class Measured:
 def tune_linear(
     targets: Sequence[Target],
     all_num_tokens: Sequence[int],
+    known: Sequence[Choice],
     device: torch.device,
     on_choices: Callable[[list[Choice]], None],
     report: Report,
@@ -114,12 +102,13 @@ def tune_linear(
 ) -> None:
     """Measure every layer of the targets and hand on each one's choices as soon as they are known.
 
+    known: what was measured on this GPU before, which a gate may fall back to
     deadline_s: time.monotonic() after which no further layer is begun; report: takes lines for the user
     """
     layers = [layer for target in targets for layer in target.layers]
     if device.type == "cuda":
         _compile_all(layers, all_num_tokens, device, num_processes, report)
-    choices: list[Choice] = []
+    choices = [understood(choice) for choice in known]
     for target in targets:
         rows: list[Measured] = []
         for layer in target.layers:

@@ -12,10 +12,10 @@ import torch
 from click.testing import CliRunner
 from octavo_engine.cli import cli
 from octavo_kernels.launch import interpret_on_cpu
-from octavo_kernels.linear_choice import Choice, LinearShape, by_num_tokens, read_choices
+from octavo_kernels.linear_choice import Choice, LinearChoices, LinearShape, by_num_tokens, read_choices
 from octavo_kernels.ops import gemv, paged_decode, paged_prefill, small_m_linear
 from octavo_kernels.tuning import attention, linear, tables
-from octavo_kernels.tuning.attention_batches import Batch
+from octavo_kernels.tuning.attention_batches import Batch, decode_batches
 from octavo_kernels.tuning.targets import Heads, Layer, Target
 
 CPU = torch.device("cpu")
@@ -29,7 +29,9 @@ def implementation() -> str:
     return "triton"
 
 
-def tune(monkeypatch: pytest.MonkeyPatch, times_us: list[float], num_tokens: tuple[int, ...] = (1,), target=TARGET):
+def tune(
+    monkeypatch: pytest.MonkeyPatch, times_us: list[float], num_tokens: tuple[int, ...] = (1,), target=TARGET, known=()
+):
     """Choices and report, with these times in turn and two candidates."""
     clock = itertools.cycle(times_us)
 
@@ -44,7 +46,7 @@ def tune(monkeypatch: pytest.MonkeyPatch, times_us: list[float], num_tokens: tup
     report: list[str] = []
     with interpret_on_cpu():
         linear.tune_linear(
-            [target], num_tokens, CPU, choices.extend, report.append, num_processes=1, deadline_s=math.inf
+            [target], num_tokens, known, CPU, choices.extend, report.append, num_processes=1, deadline_s=math.inf
         )
     return choices, report
 
@@ -54,6 +56,20 @@ def test_the_fastest_that_is_right_wins(monkeypatch: pytest.MonkeyPatch) -> None
     choices, report = tune(monkeypatch, [10.0, 8.0, 5.0, 20.0, 15.0, 14.95, 16.0])
     assert choices == [Choice(SHAPE, 1, DOT, 5.0, 10.0), Choice(GATED, 1, None, 15.0, 20.0)]
     assert any("tiny     a step of  1: cublas 0.010 ms, chosen 0.005 ms" in line for line in report)
+
+
+def test_a_gate_is_compared_with_the_plain_kernels_of_earlier_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    fallback_us = linear.Bench.fallback_us
+
+    def observed(bench: linear.Bench, hidden: torch.Tensor, plain: LinearChoices) -> float:
+        compared.append(plain)
+        return fallback_us(bench, hidden, plain)
+
+    monkeypatch.setattr(linear.Bench, "fallback_us", observed)
+    known = [Choice(SHAPE, 1, DOT, 5.0, 10.0), Choice(GATED, 1, GEMV, 5.0, 10.0)]
+    tune(monkeypatch, [20.0, 15.0, 14.0, 16.0], target=Target("tiny", TARGET.layers[1:]), known=known)
+    assert compared == [{SHAPE: (None, DOT)}]
 
 
 def test_a_candidate_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +90,20 @@ def test_a_table_keeps_what_is_not_measured_anew(tmp_path: Path) -> None:
     tables.add_choices(path, new, "A GPU")
     assert set(read_choices(path)) == {old[0], old[2], *new}
     assert by_num_tokens(read_choices(path))[SHAPE] == (None, GEMV, DOT, None, None)
-    assert json.loads(path.read_text())["measured"]["gpu"] == "A GPU"
+
+
+def test_a_table_names_every_run_that_it_has_rows_of(tmp_path: Path) -> None:
+    path = tmp_path / "h100.json"
+    before = {"gpu": "A GPU", "torch": "2.0", "triton": "3.0", "date": "2026-01-01"}
+    path.write_text(json.dumps({"measured": before, "choices": []}))
+    for choice in (Choice(SHAPE, 1, GEMV, 5.0, 6.0), Choice(SHAPE, 2, None, 7.0, 7.0)):
+        tables.check_table(path, "A GPU")
+        tables.add_choices(path, [choice], "A GPU")
+    first, second = json.loads(path.read_text())["measured"]
+    assert first == before
+    assert second["torch"] == torch.__version__
+    with pytest.raises(ValueError, match="was measured on A GPU"):
+        tables.check_table(path, "Another GPU")
 
 
 @pytest.mark.parametrize("text", ["nonsense", "{}", '{"measured": {"gpu": "Another GPU"}}'])
@@ -125,8 +154,26 @@ def test_a_wrong_attention_launch_has_no_gain(monkeypatch: pytest.MonkeyPatch) -
     assert [each["gain"] for each in found[0]["launches"]] == [1.0]
 
 
-def test_shipped_candidates_fit_each_gpus_types() -> None:
-    assert [job.kind for job in attention.jobs([Heads(32, 8, 128)], CPU)] == ["decode", "prefill"]
+@pytest.mark.parametrize(
+    ("variant", "head_dim", "cache_dtype", "kinds"),
+    [
+        ("generic", 128, torch.bfloat16, ["decode", "prefill"]),
+        ("hopper", 128, torch.bfloat16, ["decode", "many decodes", "prefill"]),
+        ("hopper", 256, torch.bfloat16, ["decode", "prefill"]),
+        ("hopper", 128, torch.float8_e4m3fn, ["decode", "prefill"]),
+    ],
+)
+def test_what_is_shipped_is_what_serving_launches(
+    monkeypatch: pytest.MonkeyPatch, variant: str, head_dim: int, cache_dtype: torch.dtype, kinds: list[str]
+) -> None:
+    monkeypatch.setattr(attention, "variant_of", lambda device: variant)
+    jobs = list(attention.jobs([Heads(32, 8, head_dim)], cache_dtype, CPU))
+    assert [job.kind for job in jobs] == kinds
+    for job in jobs[:-1]:
+        for batch in job.batches:
+            served = paged_decode.launch_for(variant, head_dim, cache_dtype, len(batch.query_lens))
+            assert job.shipped == served
+    assert sum(len(job.batches) for job in jobs[:-1]) == len(decode_batches())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU")
