@@ -46,6 +46,8 @@ CASES = {
     "no rotation": Case(5, 2, 48, 0),
     "norm without rotation": Case(5, 2, 16, 0, has_norm=True),
 }
+# The kernel does not take them.
+ODD_HEADS = Case(4, 4, 15, 4)
 
 
 def inputs_of(case: Case, num_tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
@@ -104,7 +106,7 @@ def copy_of(inputs: dict[str, object]) -> dict[str, object]:
     return {name: each.clone() if isinstance(each, torch.Tensor) else each for name, each in inputs.items()}
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", [*CASES.values(), ODD_HEADS], ids=[*CASES, "odd heads"])
 @pytest.mark.parametrize("num_tokens", [1, 12])
 def test_composition_equals_formula(num_tokens: int, case: Case) -> None:
     torch.manual_seed(0)
@@ -214,3 +216,8 @@ def test_refuses_what_does_not_fit(change: dict[str, object], message: str, devi
     kv_rows = locate_rows(inputs.pop("slot_mapping"), inputs["kv_cache_layer"])
     with pytest.raises(ValueError, match=message):
         rotate_and_write_kv(**inputs, kv_rows=kv_rows)
+
+
+def test_the_kernel_refuses_heads_of_an_odd_size(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="even size, not 15"):
+        rotate_and_write_kv_triton(**inputs_of(ODD_HEADS, 3, torch.float32, device))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from octavo_kernels.launch import VARIANTS, CompileExample, next_power_of_2, runs_triton, variant_of
-from octavo_kernels.ops.rms_norm import Launch, check_norm_arguments
+from octavo_kernels.ops.rms_norm import Launch, check_fits_registers, check_norm_arguments
 from octavo_kernels.pdl import PDL_VARIANTS, launch_next, pdl_options, wait_for_previous
 
 LAUNCH: Mapping[str, Launch] = dict.fromkeys(VARIANTS, Launch())
@@ -36,7 +36,7 @@ def add_layer_norm(
     hidden, residual: [num_tokens, hidden_size], rows contiguous; `residual` is overwritten with the sum
     weight, bias:     [hidden_size], contiguous; bias None: there is none
     On a GPU what is normalised is the sum before it is rounded to the residual's type.
-    Raises ValueError if the shapes do not fit or a row exceeds `rms_norm.MAX_HIDDEN_SIZE`.
+    Raises ValueError if the shapes do not fit and, on a GPU, if a row exceeds `rms_norm.MAX_HIDDEN_SIZE`.
     """
     if runs_triton(hidden):
         return add_layer_norm_triton(hidden, residual, weight, bias, eps)
@@ -101,6 +101,7 @@ def _launch(
     eps: float,
 ) -> torch.Tensor:
     check_norm_arguments(hidden, residual, weight, bias)
+    check_fits_registers(hidden)
     num_rows, hidden_size = hidden.shape
     output = hidden.new_empty(num_rows, hidden_size)
     block = next_power_of_2(hidden_size)

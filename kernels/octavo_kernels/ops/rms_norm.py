@@ -53,7 +53,7 @@ def add_rms_norm(
     hidden, residual: [num_tokens, hidden_size], rows contiguous; `residual` is overwritten with the sum
     weight:           [hidden_size], contiguous
     On a GPU what is normalised is the sum before it is rounded to the residual's type.
-    Raises ValueError if the shapes do not fit or a row exceeds MAX_HIDDEN_SIZE.
+    Raises ValueError if the shapes do not fit and, on a GPU, if a row exceeds MAX_HIDDEN_SIZE.
     """
     if runs_triton(hidden):
         return add_rms_norm_triton(hidden, residual, weight, eps)
@@ -108,6 +108,7 @@ def add_rms_norm_triton(
 
 def _launch(hidden: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
     check_norm_arguments(hidden, residual, weight)
+    check_fits_registers(hidden)
     num_rows, hidden_size = hidden.shape
     output = hidden.new_empty(num_rows, hidden_size)
     block = next_power_of_2(hidden_size)
@@ -126,16 +127,19 @@ def check_norm_arguments(hidden: torch.Tensor, residual: torch.Tensor | None, *p
 
     hidden, residual: [num_rows, hidden_size], rows contiguous; parameters: [hidden_size], contiguous
     """
-    if hidden.ndim != 2 or hidden.stride(1) != 1 or not 0 < hidden.shape[1] <= MAX_HIDDEN_SIZE:
-        raise ValueError(
-            f"a norm takes contiguous rows of at most {MAX_HIDDEN_SIZE}, not {tuple(hidden.shape)} "
-            f"with strides {hidden.stride()}"
-        )
+    if hidden.ndim != 2 or hidden.stride(1) != 1 or not hidden.shape[1]:
+        raise ValueError(f"a norm takes contiguous rows, not {tuple(hidden.shape)} with strides {hidden.stride()}")
     if residual is not None and (residual.shape != hidden.shape or residual.stride(1) != 1):
         raise ValueError(f"residual {tuple(residual.shape)} does not fit hidden {tuple(hidden.shape)}")
     for parameter in parameters:
         if parameter is not None and (parameter.shape != hidden.shape[1:] or not parameter.is_contiguous()):
             raise ValueError(f"parameter {tuple(parameter.shape)} does not fit hidden {tuple(hidden.shape)}")
+
+
+def check_fits_registers(hidden: torch.Tensor) -> None:
+    """What the kernels of norms ask besides. Raises ValueError."""
+    if hidden.shape[1] > MAX_HIDDEN_SIZE:
+        raise ValueError(f"a norm's kernel takes rows of at most {MAX_HIDDEN_SIZE}, not {hidden.shape[1]}")
 
 
 def example_inputs(

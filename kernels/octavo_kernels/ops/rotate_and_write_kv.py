@@ -68,7 +68,7 @@ def rotate_and_write_kv(
     q_norm_weight, k_norm_weight: [head_dim], both or neither: RMS normalisation of each head, as in Qwen3
     interleaved:    rotated pairs are neighbours (GPT-J), not half a head apart (GPT-NeoX)
     k_scale, v_scale: what keys and values are divided by, where the cache is float8_e4m3fn
-    Raises ValueError if the arguments do not fit.
+    Raises ValueError if the arguments do not fit and, on a GPU, if head_dim is odd.
     Sources: RoFormer (https://arxiv.org/abs/2104.09864); Qwen3 (https://arxiv.org/abs/2505.09388), QK-Norm.
     """
     if runs_triton(heads):
@@ -198,6 +198,8 @@ def rotate_and_write_kv_triton(
     """`rotate_and_write_kv` by the Triton kernel, in one launch."""
     _check(heads, num_heads, num_kv_heads, cos, sin, q_norm_weight, k_norm_weight)
     num_tokens, _, head_dim = heads.shape
+    if head_dim % 2:
+        raise ValueError(f"the kernel takes heads of an even size, not {head_dim}")
     check_cache(kv_cache_layer, slot_mapping, num_tokens, num_kv_heads, head_dim)
     launch = LAUNCH[variant_of(heads.device)]
     grid = (num_tokens, cdiv(num_heads + 2 * num_kv_heads, launch.block_heads))
@@ -239,10 +241,8 @@ def _check(
     k_norm_weight: torch.Tensor | None,
 ) -> None:
     num_tokens, num_all, head_dim = heads.shape
-    if num_all != num_heads + 2 * num_kv_heads or head_dim % 2 or not heads.is_contiguous():
-        raise ValueError(
-            f"heads {tuple(heads.shape)} are not {num_heads} + 2 * {num_kv_heads} contiguous ones of an even size"
-        )
+    if num_all != num_heads + 2 * num_kv_heads or not heads.is_contiguous():
+        raise ValueError(f"heads {tuple(heads.shape)} are not {num_heads} + 2 * {num_kv_heads} contiguous ones")
     if (cos is None) != (sin is None) or (q_norm_weight is None) != (k_norm_weight is None):
         raise ValueError("cosine and sine come together, and so do the two norms' weights")
     for table in (cos, sin):
