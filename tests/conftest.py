@@ -8,8 +8,10 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from interpreter_memcheck import check_memory_of_launches
 from quick_interpreter import quicken_interpreter
 
+check_memory_of_launches()
 quicken_interpreter()
 
 

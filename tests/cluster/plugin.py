@@ -22,6 +22,7 @@ from leader_worker_sets import LeaderWorkerSets
 from process_node import NodeHost, NodeSpec
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 PROCESS_NODE = "process-0"
 
@@ -69,6 +70,15 @@ class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc]
 
     def _split_scope(self, nodeid: str) -> str:
         return group_of(nodeid)
+
+    def _reschedule(self, node: WorkerController) -> None:
+        """Give a process groups until it has work: it begins a test when it knows of the next one, or of the end.
+
+        After a crash there are groups with one test to run, or none, and nobody asks again for whoever was given one.
+        """
+        super()._reschedule(node)
+        while not node.shutting_down and self._pending_of(self.assigned_work[node]) < 2:
+            super()._reschedule(node)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -104,25 +104,27 @@ def generate_in_processes(config: EngineConfig, requests: list[AddRequest]) -> d
 def spawned(config: EngineConfig, ranks: Sequence[int], target: Callable[..., None], *arguments: object):
     """Processes that run `target(config, seat, *arguments)`; the seats of all ranks."""
     size = config.num_ranks
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port, fds = listener.getsockname()[1], {0: listener.fileno()}
-        if 0 in ranks:  # a process of its own, which opens the port itself
-            listener.close()
-            fds = {}
-        seats = [Seat(rank, size, rank, size, "127.0.0.1", port, fds.get(rank)) for rank in range(size)]
-        context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=target, args=(config, seats[rank], *arguments)) for rank in ranks]
+    listener, store_fd = socket.create_server(("127.0.0.1", 0)), None
+    port = listener.getsockname()[1]
+    if 0 in ranks:
+        listener.close()  # a process of its own opens the port itself
+    else:
+        # The store of this process's rank 0 closes it. Closing it here, too, would hit what has its number by then.
+        store_fd = listener.detach()
+    seats = [Seat(rank, size, rank, size, "127.0.0.1", port, None if rank else store_fd) for rank in range(size)]
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=target, args=(config, seats[rank], *arguments)) for rank in ranks]
+    for process in processes:
+        process.start()
+    try:
+        yield seats
         for process in processes:
-            process.start()
-        try:
-            yield seats
-            for process in processes:
-                process.join(60)
-                assert process.exitcode == 0
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+            process.join(60)
+            assert process.exitcode == 0
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def _follow_in_process(config: EngineConfig, seat: Seat, is_interpreted: bool) -> None:

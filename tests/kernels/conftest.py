@@ -16,8 +16,8 @@ from octavo_kernels import native
 
 # Modules that run no op as a CPU does: nothing in them goes through twice.
 OTHER_MODULES = frozenset(
-    {"test_compile", "test_cublaslt_linear", "test_hardware", "test_launch", "test_native", "test_prompt_attention",
-     "test_slices", "test_targets", "test_wgmma_linear"}
+    {"test_compile", "test_cublaslt_linear", "test_hardware", "test_interpreter_memcheck", "test_launch", "test_native",
+     "test_prompt_attention", "test_slices", "test_targets", "test_wgmma_linear"}
 )  # fmt: skip
 
 

@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import httpx
 import openai
+from guard import Guard
 
 TESTS = Path(__file__).parents[2]
 START_TIMEOUT_S = 60
@@ -104,7 +105,11 @@ def running_model(model: str, *options: str, until_ready: bool = True) -> Iterat
 def _running(command: Sequence[str], options: Sequence[str], until_ready: bool) -> Iterator[ServerProcess]:
     arguments = [*command, "--host", "127.0.0.1", "--port", "0", *options]
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
-    with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True) as popen:
+    with (
+        closing(Guard()) as guard,
+        subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True, process_group=0) as popen,
+    ):
+        guard.watch(popen.pid)
         server = ServerProcess(popen)
         is_listening = threading.Event()
         reader = threading.Thread(target=_read_log, args=(server, is_listening))
@@ -122,6 +127,7 @@ def _running(command: Sequence[str], options: Sequence[str], until_ready: bool) 
             finally:
                 popen.kill()
                 reader.join()
+                guard.forget(popen.pid)
                 server.client.close()
 
 
