@@ -53,7 +53,7 @@ def tune(
     deadline_s = time.monotonic() + (float("inf") if time_limit_s is None else time_limit_s)
     try:
         targets = _read_targets(op, shapes)
-        tables.check_table(path, gpu)
+        tables.check_table(path, op, gpu)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if op == "linear":

@@ -28,12 +28,16 @@ def _read_origins(path: Path) -> list[Origin]:
     return measured if isinstance(measured, list) else [measured]
 
 
-def check_table(path: Path, gpu: str) -> None:
-    """Raise ValueError if there is a file that is no such table, or one of another GPU."""
+def check_table(path: Path, op: str, gpu: str) -> None:
+    """Raise ValueError if there is a file that is no table of an op's tuning, or one of another GPU."""
     if not path.exists():
         return
     try:
         measured_on = {each["gpu"] for each in _read_origins(path)}
+        if op == "linear":
+            read_choices(path)
+        elif "rows" not in json.loads(path.read_text()):
+            raise KeyError("rows")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a table of launch choices: {error!r}") from error
     if measured_on != {gpu}:

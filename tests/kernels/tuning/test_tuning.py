@@ -85,7 +85,7 @@ def test_a_table_keeps_what_is_not_measured_anew(tmp_path: Path) -> None:
     path = tmp_path / "h100.json"
     old = [Choice(SHAPE, 1, GEMV, 5.0, 6.0), Choice(SHAPE, 2, None, 7.0, 7.0), Choice(GATED, 1, DOT, 8.0, 9.0)]
     tables.add_choices(path, old, "A GPU")
-    tables.check_table(path, "A GPU")
+    tables.check_table(path, "linear", "A GPU")
     new = [Choice(SHAPE, 2, DOT, 6.5, 7.0), Choice(SHAPE, 4, None, 8.0, 8.0)]
     tables.add_choices(path, new, "A GPU")
     assert set(read_choices(path)) == {old[0], old[2], *new}
@@ -97,21 +97,30 @@ def test_a_table_names_every_run_that_it_has_rows_of(tmp_path: Path) -> None:
     before = {"gpu": "A GPU", "torch": "2.0", "triton": "3.0", "date": "2026-01-01"}
     path.write_text(json.dumps({"measured": before, "choices": []}))
     for choice in (Choice(SHAPE, 1, GEMV, 5.0, 6.0), Choice(SHAPE, 2, None, 7.0, 7.0)):
-        tables.check_table(path, "A GPU")
+        tables.check_table(path, "linear", "A GPU")
         tables.add_choices(path, [choice], "A GPU")
     first, second = json.loads(path.read_text())["measured"]
     assert first == before
     assert second["torch"] == torch.__version__
     with pytest.raises(ValueError, match="was measured on A GPU"):
-        tables.check_table(path, "Another GPU")
+        tables.check_table(path, "linear", "Another GPU")
 
 
-@pytest.mark.parametrize("text", ["nonsense", "{}", '{"measured": {"gpu": "Another GPU"}}'])
-def test_another_file_is_left_alone(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("op", ["linear", "attention"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nonsense",
+        "{}",
+        '{"measured": {"gpu": "A GPU"}}',
+        '{"measured": {"gpu": "Another GPU"}, "choices": [], "rows": []}',
+    ],
+)
+def test_another_file_is_left_alone(tmp_path: Path, text: str, op: str) -> None:
     path = tmp_path / "table.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"is not a table|was measured on Another GPU"):
-        tables.check_table(path, "A GPU")
+        tables.check_table(path, op, "A GPU")
     assert path.read_text() == text
 
 
