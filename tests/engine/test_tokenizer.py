@@ -140,6 +140,21 @@ def test_a_stream_waits_for_the_bytes_of_a_character() -> None:
     assert rest == ""
 
 
+def test_characters_of_byte_tokens_stay_whole_one_after_the_other() -> None:
+    text = " 世界世界🎉🎉 é" * 12
+    vocab = {"<unk>": 0, "\u2581": 1} | {f"<0x{byte:02X}>": byte + 2 for byte in range(256)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    for part in (text, text.replace(" ", "")[:40]):
+        stream = TextStream(tokenizer.decode)
+        pieces = [stream.step(token_id) for token_id in tokenizer.encode(part).ids]
+        assert "".join(pieces) + stream.flush() == part
+        assert max(map(len, pieces)) == 1
+
+
 def test_a_stream_that_ends_inside_a_character_says_so() -> None:
     pieces, rest = stream_bytes("a🎉".encode()[:3])
     assert pieces == ["a", "", ""]

@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 
 # What decoders write for bytes that are no character, or not yet one.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A character has at most four bytes, so an unfinished one shows as at most three replacements.
-MAX_UNFINISHED = 3
 # Tokens that are decoded each time; older ones are dropped between two characters, beyond the hard bound anywhere.
 WINDOW = 16
 HARD_WINDOW = 64
@@ -28,7 +26,9 @@ class TextStream:
         """The text that this token completes; empty while a character is unfinished."""
         self._window.append(token_id)
         text = self._decode(self._window)
-        num_stable = len(text) - _num_unfinished(text)
+        # One byte too few can turn the characters before it into replacements, too: byte fallback decodes a run of
+        # bytes as a whole. So all of them wait.
+        num_stable = len(text.rstrip(REPLACEMENT))
         if len(self._window) >= HARD_WINDOW:
             num_stable = len(text)
         piece = text[self._num_emitted : num_stable]
@@ -54,7 +54,3 @@ class TextStream:
             self._num_emitted = len(self._decode(self._window))
             self._cut = 0
 
-
-def _num_unfinished(text: str) -> int:
-    num_replacements = len(text) - len(text.rstrip(REPLACEMENT))
-    return min(num_replacements, MAX_UNFINISHED)
