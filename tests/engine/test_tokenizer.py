@@ -294,6 +294,9 @@ def test_the_final_message_can_be_continued() -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "The answer"}]
     text = render(source, messages, continue_final_message=True, add_generation_prompt=False)
     assert text == "[a][The answer"
+    source = "{% for m in messages %}{{ m.content | trim }}<|im_end|>{% endfor %}"
+    messages[1] = {"role": "assistant", "content": " end "}
+    assert render(source, messages, continue_final_message=True, add_generation_prompt=False) == "a<|im_end|>end"
     with pytest.raises(InvalidRequestError, match="exclude each other"):
         render(source, messages, continue_final_message=True)
 

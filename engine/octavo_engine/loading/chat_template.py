@@ -6,6 +6,7 @@ the `generation` tag.
 """
 
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -63,23 +64,30 @@ class ChatTemplate:
             raise InvalidRequestError(
                 "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
             )
+        mark = uuid.uuid4().hex
+        if continue_final_message and messages:
+            messages = [*messages[:-1], _marked(messages[-1], mark)]
         names = {**self._special_tokens, "tools": None, "documents": None, **variables}
         names |= {"messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
         try:
-            text = self._template.render(names)
+            text: str = self._template.render(names)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             message = f"the model's chat template refuses this conversation: {error}"
             raise InvalidRequestError(message, param="messages") from None
-        return _end_in_final_message(text, messages) if continue_final_message else text
+        if not continue_final_message:
+            return text
+        before, found, _ = text.partition(mark)
+        if not found:
+            raise InvalidRequestError("the model's chat template leaves the last message out", param="messages")
+        return before
 
 
-def _end_in_final_message(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    content = messages[-1].get("content") if messages else None
-    final = content.strip() if isinstance(content, str) else ""
-    position = text.rfind(final) if final else -1
-    if position < 0:
+def _marked(message: Mapping[str, Any], mark: str) -> Mapping[str, Any]:
+    """A message whose text ends with the mark: what templates write behind it may hold the same words."""
+    content = message.get("content")
+    if not isinstance(content, str) or not content.strip():
         raise InvalidRequestError("the last message has no text that could be continued", param="messages")
-    return text[: position + len(final)]
+    return {**message, "content": content.rstrip() + mark}
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

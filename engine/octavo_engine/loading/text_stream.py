@@ -53,4 +53,3 @@ class TextStream:
             self._window = self._window[self._cut :]
             self._num_emitted = len(self._decode(self._window))
             self._cut = 0
-

@@ -22,7 +22,7 @@ def completion_params(
         raise InvalidRequestError("echo with logprobs and n > 1 cannot be streamed", param="stream")
     # A prompt alone is scored by generating one token that nobody sees.
     wanted = None if request.max_tokens is None else max(1, request.max_tokens)
-    rest = _check_context(prompts, wanted, engine, "prompt")
+    rest = _check_context(prompts, wanted, engine, "prompt", "max_tokens")
     max_tokens = min(DEFAULT_COMPLETION_TOKENS, rest) if wanted is None else wanted
     prompt_logprobs = request.logprobs if request.echo else None
     return _params(request, engine, vocab_size, max_tokens, request.logprobs, prompt_logprobs)
@@ -32,10 +32,11 @@ def chat_params(
     request: ChatCompletionRequest, prompt: Sequence[int], engine: EngineReady, vocab_size: int
 ) -> SamplingParams:
     """Parameters for a chat answer. Raises InvalidRequestError."""
-    wanted = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    wanted: int | None = getattr(request, limit)
     # A tokenizer may know tokens that the model's embedding has no row for, and a message can spell them.
     _check_token_ids(prompt, vocab_size, "messages")
-    rest = _check_context([prompt], wanted, engine, "messages")
+    rest = _check_context([prompt], wanted, engine, "messages", limit)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return _params(request, engine, vocab_size, rest if wanted is None else wanted, logprobs, None)
 
@@ -103,15 +104,20 @@ def _check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> N
         raise InvalidRequestError(f"{param}: token id {largest} is not below {vocab_size}, the vocabulary", param=param)
 
 
-def _check_context(prompts: Sequence[Sequence[int]], wanted: int | None, engine: EngineReady, param: str) -> int:
-    """The tokens that the context has left after the longest prompt."""
+def _check_context(
+    prompts: Sequence[Sequence[int]], wanted: int | None, engine: EngineReady, param: str, limit: str
+) -> int:
+    """The tokens that the context has left after the longest prompt.
+
+    param, limit: names of the fields that hold the prompts and `wanted`
+    """
     num_prompt_tokens = max(len(prompt) for prompt in prompts)
     rest = engine.max_model_len - num_prompt_tokens
     if rest < 1 or (wanted is not None and wanted > rest):
         asked = f"{num_prompt_tokens} in the {param} and {wanted or 'at least 1'} for the answer"
         raise InvalidRequestError(
             f"this model's context is {engine.max_model_len} tokens, and the request needs {asked}",
-            param=param if rest < 1 else "max_tokens",
+            param=param if rest < 1 else limit,
             code="context_length_exceeded",
         )
     return rest

@@ -4,6 +4,7 @@ Fields that would change the answer and are not served are refused by name, and 
 silently does nothing is a lie. Fields without influence on the answer are dropped.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -52,23 +53,34 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(strict=True, ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[float, Field(strict=True, ge=-100, le=100, allow_inf_nan=False)]
 TokenIdText = Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9]{1,10}$")]
+# Lists end at their first fault: a list of a million would keep the server busy with reporting them.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 StopString = Annotated[str, StringConstraints(strict=True, min_length=1)]
 
 
-class StreamOptions(BaseModel):
-    """What a stream carries beside the text."""
+class _Fields(BaseModel):
+    """Known fields only. `null` means that a field is absent: clients' libraries write it for what was not set."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_null(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class StreamOptions(_Fields):
+    """What a stream carries beside the text."""
 
     include_usage: Switch = Field(False, description="Send one more chunk, with the token counts, at the end.")
     continuous_usage_stats: Switch = Field(False, description="Put the token counts so far into every chunk.")
     include_obfuscation: Switch = Field(False, description="Accepted for OpenAI's clients; nothing is padded.")
 
 
-class SamplingFields(BaseModel):
-    """What both endpoints take. `null` means the default everywhere."""
-
-    model_config = ConfigDict(extra="forbid")
+class SamplingFields(_Fields):
+    """What both endpoints take."""
 
     model: Text | None = Field(None, description="Name of the served model, as `/v1/models` lists it.")
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = Field(
@@ -95,11 +107,11 @@ class SamplingFields(BaseModel):
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_N)] | None = Field(
         None, description="Answers per prompt; default 1."
     )
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = Field(
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = Field(
         None, description="The answer ends before the first of these strings."
     )
     include_stop_str_in_output: Switch = Field(False, description="Keep the stop string, or stop token, in the text.")
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = Field(
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = Field(
         None, description="Tokens that end the answer, beside the model's own end tokens."
     )
     ignore_eos: Switch = Field(False, description="Go on after the model's end tokens.")
@@ -148,9 +160,12 @@ class CompletionRequest(SamplingFields):
 
     prompt: (
         Annotated[str, Field(strict=True, min_length=1)]
-        | Annotated[list[Annotated[str, Field(strict=True, min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[
+            list[Annotated[str, Field(strict=True, min_length=1)]],
+            Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+        ]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     ) = Field(description="One text or several, as text or as token ids.")
     max_tokens: Annotated[int, Field(strict=True, ge=0, le=MAX_TOKEN_ID)] | None = Field(
         None, description="Most tokens of the answer; default 16. 0 is allowed with `echo`."
@@ -162,47 +177,62 @@ class CompletionRequest(SamplingFields):
     add_special_tokens: Switch = Field(True, description="Begin a text as the model's tokenizer does, with BOS say.")
 
 
-class TextPart(BaseModel):
+class TextPart(_Fields):
     """A piece of a message's content."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"] = Field(description="Only text is served.")
     text: Text
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(_Fields):
     """Which function the assistant called in an earlier turn."""
 
-    model_config = ConfigDict(extra="forbid")
-
     name: Text
-    arguments: Text = Field(description="JSON, as the model wrote it.")
+    arguments: Text = Field(description="A JSON object, as the model wrote it.")
+
+    @model_validator(mode="after")
+    def _check_arguments(self) -> Self:
+        try:
+            is_object = isinstance(self.parsed_arguments, dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise ValueError("arguments hold no JSON object")
+        return self
+
+    @property
+    def parsed_arguments(self) -> Any:
+        """What chat templates read, and write as their model wants it."""
+        return json.loads(self.arguments or "{}")
 
 
-class ToolCall(BaseModel):
+class ToolCall(_Fields):
     """A call that the assistant made in an earlier turn."""
-
-    model_config = ConfigDict(extra="forbid")
 
     id: Text
     type: Literal["function"] = "function"
     function: FunctionCall
 
+    def as_template_input(self) -> dict[str, Any]:
+        """The call as chat templates expect it: arguments are an object."""
+        function = {"name": self.function.name, "arguments": self.function.parsed_arguments}
+        return {"id": self.id, "type": self.type, "function": function}
 
-class ChatMessage(BaseModel):
+
+class ChatMessage(_Fields):
     """One turn of the conversation. The model's chat template says which fields it reads."""
 
-    model_config = ConfigDict(extra="forbid")
-
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)] | None = Field(
+    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
         None, description="Text; several parts are joined by line breaks. Only an assistant's may be empty."
     )
     name: Text | None = None
-    tool_calls: list[ToolCall] | None = Field(None, description="Of an assistant's earlier turn.")
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = Field(
+        None, description="Of an assistant's earlier turn."
+    )
     tool_call_id: Text | None = Field(None, description="Which call a tool's turn answers.")
     refusal: Text | None = Field(None, description="Accepted from OpenAI's clients; templates do not read it.")
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="The same.")
 
     @model_validator(mode="after")
     def _check_content(self) -> Self:
@@ -219,7 +249,7 @@ class ChatMessage(BaseModel):
         if self.name is not None:
             message["name"] = self.name
         if self.tool_calls:
-            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+            message["tool_calls"] = [call.as_template_input() for call in self.tool_calls]
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         return message
@@ -228,7 +258,7 @@ class ChatMessage(BaseModel):
 class ChatCompletionRequest(SamplingFields):
     """Answer a conversation."""
 
-    messages: list[ChatMessage] = Field(min_length=1, description="The conversation so far.")
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True, description="The conversation so far.")
     max_tokens: Count | None = Field(None, description="Older name of `max_completion_tokens`.")
     max_completion_tokens: Count | None = Field(
         None, description="Most tokens of the answer; default: what the context has left."

@@ -92,7 +92,7 @@ def test_wrong_fields_are_named(
         ({"prompt": [[]]}, "prompt.0", "at least 1 item"),
         ({"prompt": [""]}, "prompt.0", "at least 1 character"),
         ({"prompt": ["a", 1]}, "prompt", "valid"),
-        ({"prompt": None}, "prompt", "valid"),
+        ({"prompt": None}, "prompt", "required"),
         ({"prompt": [257]}, "prompt", "257"),
         ({"prompt": [-1]}, "prompt", "greater than or equal to 0"),
         ({"prompt": [2**80]}, "prompt", "less than or equal to"),
@@ -195,6 +195,12 @@ def test_surrogate_in_a_name(echo_server: ServerProcess) -> None:
 def test_form_bodies_are_told_to_be_json(echo_server: ServerProcess) -> None:
     response = httpx.post(echo_server.url + COMPLETIONS, data={"prompt": "a"})
     assert_error(response, 400, None, "Content-Type: application/json")
+
+
+def test_a_limit_is_named_as_it_was_given(echo_server: ServerProcess) -> None:
+    for limit in ("max_tokens", "max_completion_tokens"):
+        response = echo_server.post(CHAT, {"messages": HELLO, limit: 100_000})
+        assert_error(response, 400, limit, "context is 2048 tokens")
 
 
 def test_context_length_is_told_with_its_numbers(echo_server: ServerProcess) -> None:
