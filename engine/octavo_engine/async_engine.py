@@ -191,6 +191,8 @@ class AsyncEngine:
         self._clock = clock
         self._process: EngineProcess | None = None
         self._requests: dict[str, _Request] = {}
+        # Sequences that were ended from here, of which the engine has not said yet that they are: (request, index).
+        self._unconfirmed: set[tuple[str, int]] = set()
         self._num_requests_ever = 0
         self._busy_since_s = 0.0
         self._last_step_s = 0.0
@@ -236,9 +238,13 @@ class AsyncEngine:
         return self._clock()
 
     def is_stalled(self) -> bool:
-        """Whether work is queued and no step finished for `stall_timeout_s`."""
+        """Whether work is queued and no step finished for `stall_timeout_s`, also if whoever waited has left."""
         last_sign_of_life = max(self._busy_since_s, self._last_step_s)
-        return bool(self._requests) and self._clock() - last_sign_of_life > self._config.stall_timeout_s
+        return self._is_busy and self._clock() - last_sign_of_life > self._config.stall_timeout_s
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self._requests or self._unconfirmed)
 
     def startup_elapsed_s(self) -> float:
         """How long start-up has taken so far, or took altogether."""
@@ -277,7 +283,7 @@ class AsyncEngine:
             raise EngineDeadError(self._obituary() if self.is_dead else "the engine is not ready")
         arrival_s = self._clock() if arrival_s is None else arrival_s
         generation = Generation(self, arrival_s)
-        if not self._requests:
+        if not self._is_busy:
             self._busy_since_s = self._clock()
         for prompt_index, token_ids in enumerate(prompts):
             self._num_requests_ever += 1
@@ -293,6 +299,7 @@ class AsyncEngine:
         for request_id, request in list(generation.requests.items()):
             if request.prompt_index == prompt_index and index in request.running:
                 self._end_sequence(request_id, request, index, "stop")
+                self._unconfirmed.add((request_id, index))
                 self._send(AbortRequests([request_id], index))
 
     def abort(self, generation: Generation) -> None:
@@ -302,6 +309,7 @@ class AsyncEngine:
             request = generation.requests[request_id]
             for index in list(request.running):
                 self._end_sequence(request_id, request, index, "abort")
+                self._unconfirmed.add((request_id, index))
         if request_ids:
             self._send(AbortRequests(request_ids))
 
@@ -369,9 +377,10 @@ class AsyncEngine:
         self.stats = step.stats
         for output in step.outputs:
             request = self._requests.get(output.request_id)
-            # Outputs of aborted sequences may still be on their way.
             if request is not None and output.index in request.running:
                 self._deliver(request, output, now)
+            elif output.finish_reason is not None:
+                self._unconfirmed.discard((output.request_id, output.index))
 
     def _deliver(self, request: _Request, output: SequenceOutput, now: float) -> None:
         if self._observer and output.queue_time_s is not None:

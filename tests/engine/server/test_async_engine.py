@@ -183,6 +183,27 @@ async def test_close_ends_running_requests_and_leaves_nothing_behind(
     assert os.listdir(tmp_path) == []
 
 
+async def test_an_engine_that_hangs_is_stalled_though_its_clients_left() -> None:
+    async with running_engine("HangingCore", stall_timeout_s=0.2) as engine:
+        await engine.wait_ready()
+        with engine.generate([[1]], SamplingParams(max_tokens=1)):
+            pass
+        assert engine.num_requests == 0
+        with engine.generate([[1]], SamplingParams(max_tokens=1)):  # one that asks again is no sign of life
+            await until(engine.is_stalled)
+        assert engine.is_stalled()
+
+
+async def test_an_engine_whose_clients_left_is_idle_soon() -> None:
+    async with running_engine("SlowCore", stall_timeout_s=0.2) as engine:
+        await engine.wait_ready()
+        with engine.generate([[1, 2], [3]], SamplingParams(max_tokens=1000, n=2)) as generation:
+            generation.stop(0, 1)
+            await anext(generation)
+        await asyncio.sleep(0.3)
+        assert not engine.is_stalled()
+
+
 async def test_stalled_when_work_waits_and_no_step_finishes() -> None:
     async with running_engine("HangingCore", stall_timeout_s=0.2) as engine:
         await engine.wait_ready()
