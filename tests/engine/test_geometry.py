@@ -20,6 +20,7 @@ from octavo_engine.geometry import (
     read_geometry,
     served_architectures,
     why_not_served,
+    window_fields,
 )
 
 CONFIG: dict[str, Any] = {
@@ -33,6 +34,7 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 64,
     "torch_dtype": "bfloat16",
 }
+WINDOWS: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 10}
 
 
 def test_reads_the_fields_of_config_json(tmp_path: Path) -> None:
@@ -106,9 +108,11 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
     "absurd layers": ({"num_hidden_layers": 10**5}, "num_hidden_layers=100000 is absurd"),
     "text for a truth value": ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false"),
     "a type of data that does not exist": ({"torch_dtype": "bfloat17"}, "the data type 'bfloat17' is not supported"),
-    "a window that is no number": ({"sliding_window": "all"}, "sliding_window must be a positive integer"),
-    "kinds of layers that run out": ({"layer_types": ["full_attention"], "sliding_window": 4}, "names 1 of 2 layers"),
-    "a kind of layer": ({"layer_types": ["linear_attention"] * 2, "sliding_window": 4}, "'linear_attention' is not"),
+    "a window that is no number": (
+        {"architectures": ["MistralForCausalLM"], "sliding_window": "all"}, "sliding_window must be a positive integer"
+    ),
+    "kinds of layers that run out": ({**WINDOWS, "layer_types": ["full_attention"]}, "names 1 of 2 layers"),
+    "a kind of layer": ({**WINDOWS, "layer_types": ["linear_attention"] * 2}, "'linear_attention' is not"),
     "no architecture": ({"architectures": []}, "architectures must name the model's class"),
     "an unknown architecture": ({"architectures": ["Mamba"]}, "the architecture Mamba is not supported; supported: F"),
     "a part that is no object": ({"text_config": [1]}, "text_config must be an object"),
@@ -160,8 +164,31 @@ def test_windows_by_layer() -> None:
     assert layer_windows({"sliding_window_pattern": 3}, 9, 4) == (9, 9, None, 9)
 
 
+@pytest.mark.parametrize("use", [{}, {"use_sliding_window": True}, {"use_sliding_window": None}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"sliding_window": 9}, {"sliding_window": None}, {"sliding_window": 9, "max_window_layers": 1}], ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "GPTNeoX", "Falcon"])
+def test_windows_are_those_of_transformers(family: str, fields: dict[str, Any], use: dict[str, Any]) -> None:
+    import transformers
+
+    given = {"num_hidden_layers": 3, **fields, **use}
+    if given.get("use_sliding_window") is None:  # a class that checks its fields takes no null here
+        given.pop("use_sliding_window", None)
+    reference = getattr(transformers, f"{family}Config")(**given)
+    window = reference.sliding_window if family in ("Mistral", "Qwen2", "Qwen3") else None
+    types = getattr(reference, "layer_types", None) or ["sliding_attention"] * 3
+    expected = tuple(window if each == "sliding_attention" else None for each in types)
+    config = {**CONFIG, "architectures": [f"{family}ForCausalLM"], "num_hidden_layers": 3, **fields, **use}
+    geometry = geometry_from_config(config)
+    assert geometry.num_window_layers == sum(each is not None for each in expected)
+    about_windows = window_fields(geometry.architecture, config)
+    assert layer_windows(about_windows, geometry.sliding_window, 3) == expected
+
+
 def test_a_window_bounds_what_a_token_reads_and_not_what_the_cache_holds() -> None:
-    config = {**CONFIG, "sliding_window": 10, "layer_types": ["sliding_attention", "full_attention"]}
+    config = {**CONFIG, **WINDOWS, "layer_types": ["sliding_attention", "full_attention"]}
     geometry = geometry_from_config(config)
     assert geometry.num_window_layers == 1
     a_layer = 2 * 2 * 8 * 2

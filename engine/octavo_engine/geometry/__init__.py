@@ -8,17 +8,16 @@ import json
 from pathlib import Path
 
 from octavo_engine.errors import ModelSourceError
-from octavo_engine.geometry.families import MAX_WINDOW_LAYERS, geometry_from_config
+from octavo_engine.geometry.families import geometry_from_config
 from octavo_engine.geometry.gguf import GGUF_ARCHITECTURES, geometry_from_gguf, gguf_metadata, read_gguf_metadata
 from octavo_engine.geometry.served import check_served, served_architectures, why_not_served
 from octavo_engine.geometry.shapes import DTYPE_BYTES, Experts, Geometry, LatentAttention, Matrix, WeightFormat
 from octavo_engine.geometry.stored import geometry_from_data, geometry_to_data
-from octavo_engine.geometry.windows import layer_windows
+from octavo_engine.geometry.windows import layer_windows, window_fields
 
 __all__ = [
     "DTYPE_BYTES",
     "GGUF_ARCHITECTURES",
-    "MAX_WINDOW_LAYERS",
     "Experts",
     "Geometry",
     "LatentAttention",
@@ -35,6 +34,7 @@ __all__ = [
     "read_gguf_metadata",
     "served_architectures",
     "why_not_served",
+    "window_fields",
 ]
 
 

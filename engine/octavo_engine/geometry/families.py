@@ -8,12 +8,9 @@ from octavo_engine.geometry.fields import Config, count, flag, layer_list, must_
 from octavo_engine.geometry.served import served_architectures, why_unknown
 from octavo_engine.geometry.shapes import DTYPE_BYTES, Experts, Geometry, LatentAttention
 from octavo_engine.geometry.weight_format import read_weight_format
-from octavo_engine.geometry.windows import layer_windows
+from octavo_engine.geometry.windows import layer_windows, window_fields
 
 Reader = Callable[[str, Config], Geometry]
-
-# Qwen's first layer with a sliding window, if it has one, where a file names none.
-MAX_WINDOW_LAYERS = 28
 
 
 def geometry_from_config(config: object) -> Geometry:
@@ -45,8 +42,10 @@ def _read_llama(architecture: str, config: Config) -> Geometry:
         head_dim = hidden_size // num_heads
     num_layers = count(config, "num_hidden_layers")
     has_attention_bias = flag(config, "attention_bias", False)
-    window = optional_count(config, "sliding_window") if flag(config, "use_sliding_window", True) else None
-    num_full_layers = layer_windows(config, window, num_layers).count(None) if window else 0
+    about_windows = window_fields(architecture, config)
+    has_window = flag(about_windows, "use_sliding_window", True)
+    window = optional_count(about_windows, "sliding_window") if has_window else None
+    num_full_layers = layer_windows(about_windows, window, num_layers).count(None) if window else 0
     has_windows = num_full_layers < num_layers
     return Geometry(
         architecture=architecture,
@@ -78,17 +77,12 @@ def _dtype(config: Config) -> str:
 
 
 def _read_qwen2(architecture: str, config: Config) -> Geometry:
-    common = _read_llama(architecture, _with_qwen_windows(config))
-    return replace(common, has_attention_bias=True, has_output_bias=False)
+    return replace(_read_llama(architecture, config), has_attention_bias=True, has_output_bias=False)
 
 
 def _read_qwen3(architecture: str, config: Config) -> Geometry:
-    common = _read_llama(architecture, _with_defaults(_with_qwen_windows(config), head_dim=128))
+    common = _read_llama(architecture, _with_defaults(config, head_dim=128))
     return replace(common, has_qk_norm=True)
-
-
-def _with_qwen_windows(config: Config) -> Config:
-    return _with_defaults(config, use_sliding_window=False, max_window_layers=MAX_WINDOW_LAYERS)
 
 
 def _read_gpt_neox(architecture: str, config: Config) -> Geometry:
@@ -138,13 +132,12 @@ def _num_falcon_norms(config: Config) -> int:
 
 def _read_gemma2(architecture: str, config: Config) -> Geometry:
     """Norms before and after both halves of a layer; every other layer has a window."""
-    common = _read_llama(architecture, _with_defaults(config, tie_word_embeddings=True, sliding_window_pattern=2))
+    common = _read_llama(architecture, _with_defaults(config, tie_word_embeddings=True))
     return replace(common, num_layer_norms=4)
 
 
 def _read_gemma3(architecture: str, config: Config) -> Geometry:
-    common = _read_gemma2(architecture, _with_defaults(config, sliding_window_pattern=6))
-    return replace(common, has_qk_norm=True)
+    return replace(_read_gemma2(architecture, config), has_qk_norm=True)
 
 
 def _read_mixtral(architecture: str, config: Config) -> Geometry:

@@ -37,6 +37,19 @@ def optional_count(config: Config, name: str) -> int | None:
     return None if value is None or (value == 0 and not isinstance(value, bool)) else count(config, name)
 
 
+def positive_number(config: Config, name: str, default: float | None = None) -> float:
+    """A finite number above 0; `default` where the field is absent or null.
+
+    Raises UnsupportedModelError that names the field.
+    """
+    value = config.get(name)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise UnsupportedModelError(f"config.json: {name} must be a positive number, not {value!r}")
+    return float(value)
+
+
 def flag(config: Config, name: str, default: bool) -> bool:
     """A truth value. Raises UnsupportedModelError that names the field."""
     value = config.get(name)

@@ -7,6 +7,7 @@ from typing import Any, get_args
 from octavo_kernels.ops.rotary import RopeScaling, RopeType
 
 from octavo_engine.errors import UnsupportedModelError
+from octavo_engine.geometry.fields import count, flag, part, positive_number
 
 DEFAULT_THETA = 10_000.0
 
@@ -23,38 +24,55 @@ class RopeConfig:
 def read_rope_config(config: Mapping[str, Any], head_dim: int) -> RopeConfig:
     """`rope_parameters` (transformers 5), or `rope_theta` beside `rope_scaling` with `rope_type` or `type`.
 
-    Raises UnsupportedModelError that names an unknown type or a missing field.
+    Raises UnsupportedModelError that names an unknown type, or a field that is missing or wrong.
     """
-    fields: Mapping[str, Any] = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = fields.get("rope_theta") or config.get("rope_theta") or DEFAULT_THETA
-    share = fields.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    return RopeConfig(
-        rotary_dim=int(head_dim * float(share)),
-        theta=float(theta),
-        scaling=_read_scaling(fields, int(config.get("max_position_embeddings") or 0)),
-    )
+    fields = _rope_fields(config)
+    beside = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    fields = {**beside, **{name: value for name, value in fields.items() if value is not None}}
+    rotary_dim = int(head_dim * positive_number(fields, "partial_rotary_factor", 1.0))
+    if not 0 < rotary_dim <= head_dim:
+        raise UnsupportedModelError(f"config.json: {rotary_dim} of {head_dim} dimensions of a head cannot be rotated")
+    return RopeConfig(rotary_dim, positive_number(fields, "rope_theta", DEFAULT_THETA), _read_scaling(fields, config))
 
 
-def _read_scaling(fields: Mapping[str, Any], max_position_embeddings: int) -> RopeScaling:
+def _rope_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The older object wins where a file has both, as in transformers."""
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    fields = part(config, name)
+    by_layer_type = [value for value in fields.values() if isinstance(value, Mapping)]
+    if not by_layer_type:
+        return fields
+    if any(value != by_layer_type[0] for value in fields.values()):
+        raise UnsupportedModelError(f"config.json: {name} that differ from layer to layer are not supported")
+    return by_layer_type[0]
+
+
+def _read_scaling(fields: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling:
     rope_type = _rope_type(fields)
     if rope_type == "default":
         return RopeScaling()
     if rope_type == "factors":
         return RopeScaling("factors", frequency_factors=tuple(fields["frequency_factors"]))
-    if "factor" not in fields:
+    if fields.get("factor") is None:
         raise UnsupportedModelError(f"config.json: the rope type {rope_type} needs a factor")
+    trained = count(config, "max_position_embeddings", 0)
+    if rope_type != "dynamic":  # which knows no other length
+        original = "original_max_position_embeddings"
+        trained = count(config, original, count(fields, original, trained))
+    if not trained and rope_type != "linear":
+        raise UnsupportedModelError(f"config.json: the rope type {rope_type} needs max_position_embeddings")
     return RopeScaling(
         rope_type,
-        factor=float(fields["factor"]),
-        original_max_position=int(fields.get("original_max_position_embeddings") or max_position_embeddings),
-        low_freq_factor=float(fields.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(fields.get("high_freq_factor", 4.0)),
-        beta_fast=float(fields.get("beta_fast") or 32.0),
-        beta_slow=float(fields.get("beta_slow") or 1.0),
-        attention_factor=fields.get("attention_factor"),
-        mscale=fields.get("mscale"),
-        mscale_all_dim=fields.get("mscale_all_dim"),
-        truncate=bool(fields.get("truncate", True)),
+        factor=positive_number(fields, "factor"),
+        original_max_position=trained,
+        low_freq_factor=positive_number(fields, "low_freq_factor", 1.0),
+        high_freq_factor=positive_number(fields, "high_freq_factor", 4.0),
+        beta_fast=positive_number(fields, "beta_fast", 32.0),
+        beta_slow=positive_number(fields, "beta_slow", 1.0),
+        attention_factor=_optional_number(fields, "attention_factor"),
+        mscale=_optional_number(fields, "mscale"),
+        mscale_all_dim=_optional_number(fields, "mscale_all_dim"),
+        truncate=flag(fields, "truncate", True),
     )
 
 
@@ -65,3 +83,8 @@ def _rope_type(fields: Mapping[str, Any]) -> RopeType:
         if rope_type == name:
             return rope_type
     raise UnsupportedModelError(f"config.json: the rope type {name!r} is not supported; supported: {', '.join(known)}")
+
+
+def _optional_number(fields: Mapping[str, Any], name: str) -> float | None:
+    """None also where it is 0, which configurations write for no value of their own."""
+    return positive_number(fields, name) if fields.get(name) else None

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from octavo_engine.errors import UnsupportedModelError
+from octavo_engine.geometry.fields import part
 from octavo_engine.gguf_file import GgufFile
 from octavo_engine.loading.gguf_weights import FREQUENCY_FACTORS, read_tensor
 from octavo_engine.model_source import ModelFiles
 
 
 def read_model_config(files: ModelFiles) -> Mapping[str, object]:
-    """The fields of a folder's config.json.
+    """The fields of a folder's config.json, with those of a model's part for text as if they stood outside.
 
     Raises ModelSourceError if it cannot be read, UnsupportedModelError if the weights are quantised.
     """
@@ -19,7 +20,7 @@ def read_model_config(files: ModelFiles) -> Mapping[str, object]:
     if isinstance(quantization, dict):
         method = quantization.get("quant_method", "unknown")
         raise UnsupportedModelError(f"{files.address} holds weights quantised with {method}, which is not supported")
-    return config
+    return {**config, **part(config, "text_config")}
 
 
 def config_from_gguf(file: GgufFile) -> Mapping[str, object]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Self
 
 from octavo_engine.geometry import Geometry
+from octavo_engine.geometry.fields import positive_number
 from octavo_engine.layers.alibi import alibi_slopes
 from octavo_engine.layers.attention import Attention
 from octavo_engine.layers.decoder import Decoder, ParallelLayer, SequentialLayer
@@ -40,7 +41,7 @@ class Falcon(Model):
     def from_config(cls, geometry: Geometry, config: Mapping[str, object], max_model_len: int) -> Self:
         """As `Model.from_config`."""
         size = geometry.hidden_size
-        eps = float(str(config.get("layer_norm_epsilon", 1e-5)))
+        eps = positive_number(config, "layer_norm_epsilon", 1e-5)
         approximate = read_gelu(config, "activation")
         is_parallel = config.get("new_decoder_architecture") or config.get("parallel_attn", True)
         has_alibi = bool(config.get("alibi", False))

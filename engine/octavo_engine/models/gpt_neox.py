@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Self
 
 from octavo_engine.geometry import Geometry
+from octavo_engine.geometry.fields import positive_number
 from octavo_engine.layers.attention import Attention
 from octavo_engine.layers.decoder import Decoder, ParallelLayer, SequentialLayer
 from octavo_engine.layers.mlp import Mlp, read_gelu
@@ -39,7 +40,7 @@ class GptNeoX(Model):
     def from_config(cls, geometry: Geometry, config: Mapping[str, object], max_model_len: int) -> Self:
         """As `Model.from_config`."""
         size = geometry.hidden_size
-        eps = float(str(config.get("layer_norm_eps", 1e-5)))
+        eps = positive_number(config, "layer_norm_eps", 1e-5)
         approximate = read_gelu(config, "hidden_act")
         layer_class = ParallelLayer if config.get("use_parallel_residual", True) else SequentialLayer
 

@@ -4,19 +4,13 @@ Sources: Qwen2 (https://arxiv.org/abs/2407.10671) section 2.2.1, Qwen3 (https://
 the fields of their configurations.
 """
 
-from collections.abc import Mapping
-from typing import Self
-
-from octavo_engine.geometry import MAX_WINDOW_LAYERS, Geometry
 from octavo_engine.models import register_model
 from octavo_engine.models.llama import Llama
 
 
 @register_model("Qwen2ForCausalLM", "Qwen3ForCausalLM")
 class Qwen(Llama):
-    """Qwen2 has biases on queries, keys and values; Qwen3 normalises each query and key head; lower layers see all."""
+    """Qwen2 has biases on queries, keys and values; Qwen3 normalises each query and key head; lower layers see all.
 
-    @classmethod
-    def from_config(cls, geometry: Geometry, config: Mapping[str, object], max_model_len: int) -> Self:
-        """As `Model.from_config`."""
-        return super().from_config(geometry, {"max_window_layers": MAX_WINDOW_LAYERS, **config}, max_model_len)
+    The geometry says so, and a LLaMA's layers do as it says.
+    """
