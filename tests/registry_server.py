@@ -72,6 +72,7 @@ class RegistryServer(ThreadingHTTPServer):
 
     private: repositories that only USER may read; basic: those that ask for the password instead of a token
     flaky:   path -> how many requests are still to fail with 503
+    tokens_elsewhere: who posts for a token is sent on
     """
 
     daemon_threads = True
@@ -83,6 +84,7 @@ class RegistryServer(ThreadingHTTPServer):
         self.private: set[str] = set()
         self.basic: set[str] = set()
         self.no_ranges = False
+        self.tokens_elsewhere = False
         self.asked: list[tuple[str, str]] = []
         self.num_sent = 0
         self.flaky: Counter[str] = Counter()
@@ -134,7 +136,9 @@ class _Handler(BaseHTTPRequestHandler):
         form = self.rfile.read(int(self.headers["Content-Length"])).decode()
         values = {key: each[0] for key, each in parse_qs(form).items()}
         self.server.asked.append((self.path, ""))
-        if values.get("grant_type") == "refresh_token" and values["refresh_token"] == IDENTITY_TOKEN:
+        if self.server.tokens_elsewhere:
+            self._answer(307, b"", {"Location": f"http://localhost:{self.server.server_port}/elsewhere"})
+        elif values.get("grant_type") == "refresh_token" and values["refresh_token"] == IDENTITY_TOKEN:
             self._answer(200, json.dumps({"access_token": f"{values['scope']} {USER}"}).encode())
         else:
             self._answer(401, b"{}")

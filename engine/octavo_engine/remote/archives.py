@@ -1,6 +1,8 @@
 """Layers that are tar archives: what they hold, read in parts, and unpacking them while they come."""
 
 import contextlib
+import gzip
+import io
 import os
 import shutil
 import tarfile
@@ -8,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from octavo_engine.errors import ModelSourceError
 from octavo_engine.remote.files import RemoteFile
@@ -19,6 +21,7 @@ _MOST_STREAMED_BYTES = 256 << 20
 _HEAD_BYTES = 32 << 20
 _BUFFER_BYTES = 256 << 10
 _STREAM_BUFFER_BYTES = 4 << 20
+_GZIP_MAGIC = b"\x1f\x8b"
 
 
 def archive(file: RemoteFile, folder: str, *, is_compressed: bool) -> Archive:
@@ -36,7 +39,7 @@ def archive(file: RemoteFile, folder: str, *, is_compressed: bool) -> Archive:
 def _unpack(stream: BinaryIO, folder: Path, wanted: str) -> None:
     """Write the model's files, and the marks of what is deleted below, into `folder`. Raises ModelSourceError."""
     with _explained():
-        for tar, member, path in _members(stream, wanted, "r|*"):
+        for tar, member, path in _members(stream, wanted, "r|"):
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             content = tar.extractfile(member)
@@ -65,7 +68,7 @@ def _peek_stream(file: RemoteFile, wanted: str) -> tuple[Layer, bool]:
     """Read from the beginning until the configuration and the beginning of a weight file are known."""
     found: dict[str, RemoteFile] = {}
     with _explained(), contextlib.suppress(_TooFarError), file.open(_STREAM_BUFFER_BYTES) as stream:
-        for tar, member, path in _members(stream, wanted, "r|*", _MOST_STREAMED_BYTES):
+        for tar, member, path in _members(stream, wanted, "r|", _MOST_STREAMED_BYTES):
             content = tar.extractfile(member)
             assert content is not None
             head = content.read(_HEAD_BYTES)
@@ -92,14 +95,40 @@ def _members(
     Raises _TooFarError before more than `most_bytes` of what is inside would be read to get to the next.
     """
     places = (wanted, WHITEOUT + wanted)
-    with tarfile.open(fileobj=stream, mode=mode) as tar:  # type: ignore[call-overload]
+    content = _decompressed(stream) if mode == "r|" else stream
+    with tarfile.open(fileobj=content, mode=mode) as tar:  # type: ignore[call-overload]
         for member in tar:
             path = PurePosixPath(os.path.normpath(member.name.lstrip("/")))
             is_inside = ".." not in path.parts and (not wanted or path.parts[:1] in [(place,) for place in places])
-            if member.isfile() and is_inside and (path.name.startswith(WHITEOUT) or is_model_file(path.name)):
-                yield tar, member, path
+            if is_inside and (path.name.startswith(WHITEOUT) or is_model_file(path.name)):
+                if member.issym() or member.islnk():
+                    raise ModelSourceError(f"has {path} as a link in a layer: links are not followed, copy the file")
+                if member.isfile():
+                    yield tar, member, path
             if most_bytes is not None and member.offset_data + member.size > most_bytes:
                 raise _TooFarError
+
+
+def _decompressed(stream: BinaryIO) -> BinaryIO:
+    """The stream itself, or what is in it by gzip: all its members, of which `tarfile` would read the first alone."""
+    magic = stream.read(len(_GZIP_MAGIC))
+    whole = io.BufferedReader(_Chain(magic, stream))
+    return cast("BinaryIO", gzip.GzipFile(fileobj=whole) if magic == _GZIP_MAGIC else whole)
+
+
+class _Chain(io.RawIOBase):
+    """A stream of which the beginning has been read."""
+
+    def __init__(self, begun: bytes, rest: BinaryIO) -> None:
+        self._begun, self._rest = begun, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
+        data, self._begun = self._begun or self._rest.read(len(buffer)), b""
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class _TooFarError(Exception):
@@ -110,5 +139,5 @@ class _TooFarError(Exception):
 def _explained() -> Iterator[None]:
     try:
         yield
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ModelSourceError(f"has a layer that is not a readable tar archive: {error}") from None

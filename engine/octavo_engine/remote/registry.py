@@ -126,7 +126,9 @@ class Registry:
         with self._explained():
             if known is not None and known.identity_token:
                 form = {**query, "grant_type": "refresh_token", "refresh_token": known.identity_token}
-                response = self._client.post(fields["realm"], data={**form, "client_id": "octavo"})
+                # A redirection would take the token along to another host.
+                data = {**form, "client_id": "octavo"}
+                response = self._client.post(fields["realm"], data=data, follow_redirects=False)
             else:
                 headers = {"Authorization": _basic(known)} if known else {}
                 response = self._client.get(fields["realm"], params=query, headers=headers)

@@ -1,8 +1,10 @@
 """Models in container registries: artifacts and images, in a local registry that speaks the distribution protocol."""
 
 import base64
+import io
 import json
 import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +56,10 @@ def model_pack(files: dict[str, bytes]) -> list[Layer]:
     ]
 
 
+def halves(content: bytes) -> tuple[bytes, bytes]:
+    return content[: len(content) // 2], content[len(content) // 2 :]
+
+
 # How a model is pushed -> its layers.
 FORMS: dict[str, Callable[[dict[str, bytes]], list[Layer]]] = {
     "a layer per file": lambda files: file_layers({**files, "README.md": b"unwanted"}),
@@ -69,6 +75,9 @@ FORMS: dict[str, Callable[[dict[str, bytes]], list[Layer]]] = {
     "image": lambda files: [
         Layer(compressed(tar({"etc/config.json": b"{}", "bin/sh": b"#!"})), f"{TAR}+gzip"),
         Layer(compressed(tar(below("models", files))), f"{TAR}+gzip"),
+    ],
+    "image whose layer has several members": lambda files: [
+        Layer(b"".join(map(compressed, halves(tar(below("models", files))))), f"{TAR}+gzip")
     ],
     "image of Docker": lambda files: [
         Layer(compressed(tar(below("models", files))), "application/vnd.docker.image.rootfs.diff.tar.gzip")
@@ -200,6 +209,29 @@ def test_a_server_in_trouble_is_asked_again(registry: RegistryServer) -> None:
     registry.flaky["/v2/org/model/manifests/v1"] = 2
     registry.flaky[f"/v2/org/model/blobs/{digest(FILES['config.json'])}"] = 2
     assert resolve_geometry(f"oci://{registry.host}/org/model:v1").num_layers == 2
+
+
+def test_a_link_in_a_layer_is_refused(registry: RegistryServer) -> None:
+    made = io.BytesIO(tar(below("models", FILES)))
+    with tarfile.open(fileobj=made, mode="a") as opened:
+        link = tarfile.TarInfo("models/tokenizer.json")
+        link.type, link.linkname = tarfile.SYMTYPE, "../blobs/tokenizer.json"
+        opened.addfile(link)
+    registry.push("org/model", "v1", [Layer(compressed(made.getvalue()), f"{TAR}+gzip")])
+    with pytest.raises(ModelSourceError, match=r"has models/tokenizer\.json as a link in a layer"):
+        resolve_model(f"oci://{registry.host}/org/model:v1")
+
+
+def test_an_identity_token_does_not_follow_a_redirection(registry: RegistryServer, tmp_path: Path, monkeypatch) -> None:
+    registry.push("org/model", "v1", file_layers(FILES))
+    registry.private.add("org/model")
+    registry.tokens_elsewhere = True
+    content = {"auths": {registry.host: {"identitytoken": IDENTITY_TOKEN}}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    with pytest.raises(ModelSourceError, match="answered 307 to the credentials"):
+        resolve_model(f"oci://{registry.host}/org/model:v1")
+    assert "/elsewhere" not in [path for path, _ in registry.asked]
 
 
 def test_an_interrupted_archive_starts_anew(registry: RegistryServer, monkeypatch: pytest.MonkeyPatch) -> None:
