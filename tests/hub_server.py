@@ -38,6 +38,7 @@ REPOSITORIES = {
         "config.json": json.dumps(CONFIG).encode(), "tokenizer.json": b"{}",
         "model.safetensors": safetensors(NUM_PARAMETERS),
         "pytorch_model.bin": b"unwanted", "original/model.safetensors": b"unwanted", "README.md": b"unwanted",
+        "consolidated.safetensors": b"unwanted",
     },
     "org/sharded": {
         "config.json": json.dumps(CONFIG).encode(), "model.safetensors.index.json": index(4 * NUM_PARAMETERS, "a", "b"),

@@ -17,13 +17,15 @@ logger = logging.getLogger(__name__)
 
 HUB_SCHEME = "hf://"
 
-# What an engine reads of a repository. Others (original/, *.bin, onnx/) can be as large again.
+# What an engine reads of a repository. Others (original/, *.bin, onnx/) can be as large again, and so can the weights
+# of Mistral's own runtime, which lie beside those of transformers.
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 WEIGHT_FILES = ("*.safetensors", INDEX_FILE)
+UNREAD_FILES = ("*/*", "consolidated*")  # a pattern's star matches slashes too: original/model.safetensors
 
 NO_WEIGHTS = "has no .safetensors weights; choose a repository that has them"
 OFFLINE_PROBLEM = "is not in the cache and HF_HUB_OFFLINE is set: unset it, or download the model once beforehand"
@@ -117,7 +119,7 @@ def _fetch(address: str, revision: str | None, patterns: list[str]) -> Path:
             repository.name,
             revision=repository.revision,
             allow_patterns=patterns,
-            ignore_patterns=["*/*"],  # a pattern's star matches slashes too: original/model.safetensors
+            ignore_patterns=list(UNREAD_FILES),
         )
         return Path(folder)
 

@@ -1,5 +1,6 @@
 """The LLaMA family against `transformers`, through the paged path: several requests, chunked at odd boundaries."""
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from engine.paged_runner import PagedRunner, load, random_prompts, reference_log
 from octavo_engine.errors import ModelSourceError, UnsupportedModelError
 from octavo_engine.geometry import read_geometry
 from octavo_engine.loading.loader import load_model
+from octavo_engine.loading.safetensors_weights import SafetensorsWeights
 from octavo_engine.model_source import ModelFiles
 from octavo_engine.models import ModelRegistry, find_model_class
 
@@ -70,6 +72,13 @@ def test_a_single_file_loads_like_shards(tiny_llama_dir) -> None:
     for folder in (sharded, single):
         logits = PagedRunner(load(folder).model, prompts).run([1000])
         torch.testing.assert_close(logits[0], reference_logits(folder, prompts)[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/other.safetensors", "..", ""])
+def test_an_index_that_names_files_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ModelSourceError, match=r"names files outside its folder|names files that are missing"):
+        SafetensorsWeights(tmp_path)
 
 
 def test_progress_rises_to_one(tiny_llama_dir) -> None:

@@ -55,7 +55,10 @@ def _shards(folder: Path) -> list[Path]:
     """The files that the index names; without an index the single file, or all there are."""
     index = folder / INDEX_FILE
     if index.is_file():
-        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+        names = sorted(set(_weight_map(index).values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ModelSourceError(f"{index} names files outside its folder: {', '.join(outside)}")
+        files = [folder / name for name in names]
     elif (folder / SINGLE_FILE).is_file():
         files = [folder / SINGLE_FILE]
     else:
