@@ -330,6 +330,26 @@ def test_a_sentencepiece_vocabulary_encodes_and_decodes() -> None:
     assert ends[-1] == 2
 
 
+@pytest.mark.parametrize(("split", "is_whole"), [("llama-bpe", True), ("tekken", True), ("qwen2", False)])
+def test_a_word_that_is_a_token_needs_no_merges_where_its_family_says_so(split: str, is_whole: bool) -> None:
+    metadata = {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": split, "tokenizer.ggml.bos_token_id": 6,
+        "tokenizer.ggml.tokens": ["a", "b", "c", "ab", "bc", "abc", "<s>"],
+        "tokenizer.ggml.token_type": [1] * 6 + [3], "tokenizer.ggml.merges": ["b c"],
+    }  # fmt: skip
+    assert tokenizer_from_gguf(metadata).encode("abc").ids == ([6, 5] if is_whole else [0, 4])
+    without = {**metadata, "tokenizer.ggml.add_bos_token": False}
+    assert tokenizer_from_gguf(without).encode("abc").ids == ([5] if is_whole else [0, 4])
+
+
+@pytest.mark.parametrize("field", ["tokens", "scores"])
+def test_what_a_tokenizer_needs_is_named(field: str) -> None:
+    metadata = sentencepiece_metadata()
+    del metadata[f"tokenizer.ggml.{field}"]
+    with pytest.raises(UnsupportedModelError, match=f"lacks tokenizer.ggml.{field}"):
+        tokenizer_from_gguf(metadata)
+
+
 def test_unknown_kinds_of_tokenizer_are_named() -> None:
     with pytest.raises(UnsupportedModelError, match="'bert' is not supported"):
         tokenizer_from_gguf({"tokenizer.ggml.model": "bert"})

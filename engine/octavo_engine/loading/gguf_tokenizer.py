@@ -30,13 +30,22 @@ _SPLITS = {
     "llama3": _LLAMA3_SPLIT, "llama-v3": _LLAMA3_SPLIT, "llama-bpe": _LLAMA3_SPLIT, "falcon3": _LLAMA3_SPLIT,
     "qwen2": _QWEN2_SPLIT, "deepseek-r1-qwen": _QWEN2_SPLIT, "tekken": _TEKKEN_SPLIT,
 }  # fmt: skip
+# Tokenizers of LLaMA 3's and of Tekken's kind take a word that is a token as it is, without building it by merges, and
+# begin a text with BOS unless the file says otherwise.
+_WHOLE_WORDS = {name for name, split in _SPLITS.items() if split in (_LLAMA3_SPLIT, _TEKKEN_SPLIT)}
 _PLAIN_BYTE_LEVEL = ("default", "gpt-2")
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "codeshell", "command-r", "exaone")
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Build the tokenizer. Raises UnsupportedModelError for a kind or a pre-tokenizer that is unknown."""
-    model = metadata.get("tokenizer.ggml.model")
+    """Build the tokenizer.
+
+    Raises UnsupportedModelError for a kind or a pre-tokenizer that is unknown, and where something is missing.
+    """
+    model, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    for name in {"llama": ("tokens", "scores"), "gpt2": ("tokens",)}.get(str(model), ()):
+        if metadata.get(f"tokenizer.ggml.{name}") is None:
+            raise UnsupportedModelError(f"the GGUF tokenizer lacks tokenizer.ggml.{name}")
     if model == "gpt2":
         tokenizer = _byte_level(metadata)
     elif model == "llama":
@@ -44,7 +53,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     else:
         raise UnsupportedModelError(f"the GGUF tokenizer {model!r} is not supported; supported: gpt2, llama")
     _add_special_tokens(tokenizer, metadata)
-    _add_begin_and_end(tokenizer, metadata, begin_by_default=model == "llama")
+    _add_begin_and_end(tokenizer, metadata, begin_by_default=model == "llama" or split in _WHOLE_WORDS)
     return tokenizer
 
 
@@ -65,8 +74,9 @@ def _vocab(metadata: Mapping[str, Any]) -> dict[str, int]:
 
 def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
     merges = [_split_merge(merge) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    tokenizer = Tokenizer(BPE(vocab=_vocab(metadata), merges=merges))
-    tokenizer.pre_tokenizer = _pre_tokenizer(str(metadata.get("tokenizer.ggml.pre", "default")))
+    split = str(metadata.get("tokenizer.ggml.pre", "default"))
+    tokenizer = Tokenizer(BPE(vocab=_vocab(metadata), merges=merges, ignore_merges=split in _WHOLE_WORDS))
+    tokenizer.pre_tokenizer = _pre_tokenizer(split)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
