@@ -146,15 +146,32 @@ def test_a_token_cannot_choose_more_experts_than_there_are() -> None:
         geometry_from_config(config)
 
 
+HEADER: dict[str, Any] = {
+    "general.architecture": "llama", "llama.attention.head_count": 8, "llama.embedding_length": 64,
+    "llama.feed_forward_length": 8, "llama.context_length": 8, "tokenizer.ggml.tokens": ["a"], "llama.block_count": 1,
+    "octavo.tensor_names": frozenset(),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("key", ["llama.attention.head_count", "llama.block_count"])
 @pytest.mark.parametrize("value", [0, -4, "8", [8]])
 def test_a_gguf_header_that_lies_is_refused(key: str, value: object) -> None:
-    header = {"general.architecture": "llama", "llama.attention.head_count": 8, "llama.embedding_length": 64}
-    header |= {"llama.feed_forward_length": 8, "llama.context_length": 8, "tokenizer.ggml.tokens": ["a"]}
-    header |= {"llama.block_count": 1, "octavo.tensor_names": frozenset()}
-    assert geometry_from_gguf(header).num_heads == 8
+    assert geometry_from_gguf(HEADER).num_heads == 8
     with pytest.raises(UnsupportedModelError, match=f"{key} must be a positive integer"):
-        geometry_from_gguf({**header, key: value})
+        geometry_from_gguf({**HEADER, key: value})
+
+
+@pytest.mark.parametrize(
+    ("pairs", "sentence"),
+    [
+        ({"split.count": 3}, "one of 3 parts of a model: make one file of them with llama-gguf-split --merge"),
+        ({"llama.expert_count": 8}, r"models with experts are not supported: llama\.expert_count"),
+        ({"tokenizer.ggml.tokens": []}, r"lacks llama\.vocab_size"),
+    ],
+)
+def test_what_is_not_read_from_gguf_is_named(pairs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=sentence):
+        geometry_from_gguf({**HEADER, **pairs})
 
 
 def test_windows_by_layer() -> None:

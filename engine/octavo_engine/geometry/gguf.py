@@ -48,6 +48,13 @@ def geometry_from_gguf(metadata: Mapping[str, Any]) -> Geometry:
             raise UnsupportedModelError(f"the GGUF header's {name}.{key} must be a positive integer, not {value!r}")
         return value
 
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise UnsupportedModelError(
+            f"the GGUF file is one of {metadata['split.count']} parts of a model: make one file of them with"
+            " llama-gguf-split --merge"
+        )
+    if metadata.get(f"{name}.expert_count"):
+        raise UnsupportedModelError(f"GGUF models with experts are not supported: {name}.expert_count is not 0")
     num_heads = number("attention.head_count")
     num_kv_heads = number("attention.head_count_kv", num_heads)
     if num_heads % num_kv_heads:
@@ -61,7 +68,7 @@ def geometry_from_gguf(metadata: Mapping[str, Any]) -> Geometry:
         num_kv_heads=num_kv_heads,
         head_dim=number("attention.key_length", hidden_size // num_heads),
         intermediate_size=number("feed_forward_length"),
-        vocab_size=number("vocab_size", len(metadata["tokenizer.ggml.tokens"])),
+        vocab_size=number("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None),
         max_position_embeddings=number("context_length"),
         tie_word_embeddings="output.weight" not in metadata["octavo.tensor_names"],
         dtype="float32",
