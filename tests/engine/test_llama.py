@@ -140,6 +140,26 @@ def test_ignores_what_follows_from_the_configuration(tiny_llama_dir) -> None:
     load(folder)
 
 
+def test_tied_embeddings_may_be_stored_under_either_name(tiny_llama_dir) -> None:
+    folder, prompts = tiny_llama_dir(shard_size="1GB", tie_word_embeddings=True), random_prompts(131, [20])
+    expected = reference_logits(folder, prompts)[0]
+    rewrite_tensors(
+        folder, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")})
+    )
+    torch.testing.assert_close(PagedRunner(load(folder).model, prompts).run([1000])[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_tied_embeddings_that_are_stored_apart_are_refused(tiny_llama_dir) -> None:
+    folder = tiny_llama_dir(shard_size="1GB", tie_word_embeddings=True)
+
+    def tear(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    rewrite_tensors(folder, tear)
+    with pytest.raises(UnsupportedModelError, match=r"lm_head\.weight is not its model\.embed_tokens\.weight"):
+        load(folder)
+
+
 def test_a_missing_shard_is_named(tiny_llama_dir) -> None:
     folder = tiny_llama_dir()
     shard = sorted(folder.glob("*.safetensors"))[0]

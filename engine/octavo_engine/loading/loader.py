@@ -1,8 +1,9 @@
 """Build a model and fill it: every parameter from the checkpoint exactly once."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from octavo_kernels.native import cpu_kernels
@@ -29,6 +30,9 @@ from octavo_engine.parallel import Ranks
 
 # Buffers that old checkpoints store although they follow from the configuration.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.(attn|self_attn|attention)\.(masked_)?bias")
+# The two names of one matrix, where embeddings are tied.
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_TIED = (_EMBEDDING, _OUTPUT)
 _MAX_NAMES = 5
 
 
@@ -154,9 +158,12 @@ def begin_to_fill(model: Model, source: WeightSource, dtype: torch.dtype, device
     slots = dict(_slots(model))
     elsewhere = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.Identity))
     missing, unexpected = set(slots), []
+    shared: dict[str, StoredTensor] = {}  # what should be one matrix, where a checkpoint has it twice
     with Uploader(device) as uploader:
         for stored in source:
             name = model.own_name(stored.name)
+            if model.geometry.tie_word_embeddings and name in _TIED:
+                shared[name] = stored
             if name in missing:
                 uploader.submit(_filling(slots[name], stored, dtype, device), stored.name, stored.num_bytes)
                 missing.remove(name)
@@ -164,6 +171,12 @@ def begin_to_fill(model: Model, source: WeightSource, dtype: torch.dtype, device
                 pass  # another stage's
             elif not take_kv_scale(model, name, stored) and not _is_dispensable(stored.name, name, model.geometry):
                 unexpected.append(stored.name)
+        if shared.keys() == {_OUTPUT} and _EMBEDDING in missing:
+            stored = shared[_OUTPUT]
+            uploader.submit(_filling(slots[_EMBEDDING], stored, dtype, device), stored.name, stored.num_bytes)
+            missing.remove(_EMBEDDING)
+        elif len(shared) == len(_TIED) and _EMBEDDING in slots:
+            uploader.submit(partial(_check_tied, shared), shared[_OUTPUT].name, shared[_OUTPUT].num_bytes)
         if missing:
             raise UnsupportedModelError(f"the checkpoint lacks {_some(sorted(missing))}")
         if unexpected:
@@ -232,9 +245,18 @@ def _filling(slot: Slot, stored: StoredTensor, dtype: torch.dtype, device: torch
     return fill
 
 
+def _check_tied(shared: Mapping[str, StoredTensor], _: Uploader) -> None:
+    """Where they differ transformers takes both, whatever the configuration says; the memory plan has room for one."""
+    if not torch.equal(shared[_EMBEDDING].read(), shared[_OUTPUT].read()):
+        raise UnsupportedModelError(
+            f"the checkpoint's {shared[_OUTPUT].name} is not its {shared[_EMBEDDING].name}, though config.json says"
+            " tie_word_embeddings: set it to false there"
+        )
+
+
 def _is_dispensable(stored_name: str, name: str, geometry: Geometry) -> bool:
     """Tensors that a checkpoint may hold though the model has no use for them; `name` is the model's."""
-    return bool(_DERIVED.fullmatch(stored_name)) or (geometry.tie_word_embeddings and name == "lm_head.weight")
+    return bool(_DERIVED.fullmatch(stored_name)) or (geometry.tie_word_embeddings and name == _OUTPUT)
 
 
 def _some(names: list[str]) -> str:
