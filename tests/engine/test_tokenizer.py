@@ -114,6 +114,14 @@ def test_streams_whole_characters_only(smollm2: Tokenizer) -> None:
 
 
 @pytest.mark.model
+def test_bytes_of_tokens_join_to_the_text(smollm2: Tokenizer) -> None:
+    for text in TEXTS:
+        assert b"".join(map(smollm2.token_bytes, smollm2.encode(text))).decode() == text
+    assert smollm2.token_bytes(2) == b"<|im_end|>"
+    assert smollm2.token_bytes(10**6) == b""
+
+
+@pytest.mark.model
 def test_loads_without_torch_or_transformers(smollm2_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from octavo_engine.model_source import ModelFiles;"
@@ -328,6 +336,15 @@ def test_a_sentencepiece_vocabulary_encodes_and_decodes() -> None:
     ends = tokenizer_from_gguf(without).encode("hello").ids
     assert ends[0] != 1
     assert ends[-1] == 2
+
+
+def test_bytes_of_pieces_keep_their_spaces_and_parts_of_characters() -> None:
+    tokenizer = Tokenizer(
+        tokenizer_from_gguf(sentencepiece_metadata()), vocab_size=300, eos_token_ids=frozenset(), chat_template=None
+    )
+    token_ids = tokenizer.encode("hello world é", add_special_tokens=False)
+    pieces = [tokenizer.token_bytes(token_id) for token_id in token_ids]
+    assert pieces == [b" hello", b" world", b" ", b"\xc3", b"\xa9"]
 
 
 @pytest.mark.parametrize(("split", "is_whole"), [("llama-bpe", True), ("tekken", True), ("qwen2", False)])

@@ -4,6 +4,7 @@ The front end uses this, so nothing here imports torch. Encoding and decoding go
 may be called from any thread; the `transformers` wrapper around it keeps state between calls and may not.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,19 @@ from octavo_engine.geometry import read_geometry
 from octavo_engine.gguf_file import GgufFile
 from octavo_engine.loading.chat_template import ChatTemplate
 from octavo_engine.loading.gguf_tokenizer import special_tokens_of_gguf, tokenizer_from_gguf
-from octavo_engine.loading.text_stream import TextStream
+from octavo_engine.loading.text_stream import REPLACEMENT, TextStream
 from octavo_engine.model_source import ModelFiles
 
 # Keys of a GGUF header that name tokens after which a model has finished.
 _GGUF_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # The names under which tokenizer_config.json means nothing but tokenizer.json.
 _PLAIN_TOKENIZER_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+# How vocabularies spell a byte that is no character of its own: SentencePiece, and the letters of byte-level BPE, which
+# are those of Latin-1 that can be seen and for the others, in order, those from U+0100 on (GPT-2's encoder.py).
+_FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_UNSEEN = [byte for byte in range(0x100) if byte not in _VISIBLE]
+_BYTES = {chr(byte): byte for byte in _VISIBLE} | {chr(0x100 + i): byte for i, byte in enumerate(_UNSEEN)}
 
 
 class Tokenizer:
@@ -59,6 +66,19 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The tokens' text; bytes that are no character become U+FFFD."""
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's share of a text, which may be a part of a character; nothing for one that the model lacks."""
+        piece = self._backend.id_to_token(token_id) or ""
+        if found := _FALLBACK_BYTE.fullmatch(piece):
+            return bytes.fromhex(found[1])
+        # Behind another token, since some decoders strip a text's first space.
+        first = self._backend.encode("a", add_special_tokens=False).ids
+        num_before = len(self._backend.decode(first, skip_special_tokens=False))
+        text = self._backend.decode([*first, token_id], skip_special_tokens=False)[num_before:]
+        if REPLACEMENT in text and all(letter in _BYTES for letter in piece):
+            return bytes(_BYTES[letter] for letter in piece)
+        return text.encode("utf-8", "replace")
 
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for one sequence whose tokens come one by one."""

@@ -16,13 +16,18 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._texts: dict[int, str] = {}
+        self._texts: dict[int, tuple[str, list[int]]] = {}
 
     def __getitem__(self, token_id: int) -> str:
-        text = self._texts.get(token_id)
-        if text is None:
-            text = self._texts[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=False)
-        return text
+        return self.with_bytes(token_id)[0]
+
+    def with_bytes(self, token_id: int) -> tuple[str, list[int]]:
+        """A token's text, in which parts of characters are U+FFFD, and its bytes, which clients can join."""
+        known = self._texts.get(token_id)
+        if known is None:
+            content = self._tokenizer.token_bytes(token_id)
+            known = self._texts[token_id] = content.decode("utf-8", "replace"), list(content)
+        return known
 
 
 def completion_logprobs(
@@ -62,8 +67,8 @@ def _token_logprob(entry: TokenLogprobs, num_top: int, texts: TokenTexts) -> Tok
 
 
 def _top_logprob(token_id: int, logprob: float, texts: TokenTexts) -> TopLogprob:
-    text = texts[token_id]
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode("utf-8", "replace"))}
+    text, content = texts.with_bytes(token_id)
+    return {"token": text, "logprob": _finite(logprob), "bytes": content}
 
 
 def _finite(logprob: float) -> float:

@@ -41,6 +41,9 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The tokens' text."""
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's share of a text."""
+
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for one sequence."""
 

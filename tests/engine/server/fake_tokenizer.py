@@ -42,6 +42,9 @@ class ByteTokenizer:
         stream = self.stream(skip_special_tokens=skip_special_tokens)
         return "".join(stream.step(token_id) for token_id in token_ids) + stream.flush()
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return END_TEXT.encode() if token_id == END_TOKEN_ID else bytes([token_id])
+
     def stream(self, *, skip_special_tokens: bool = True) -> ByteStream:
         return ByteStream(skip_special_tokens=skip_special_tokens)
 

@@ -30,6 +30,16 @@ def test_a_token_that_the_model_does_not_have_is_refused(echo_server: ServerProc
     assert f"token id {VOCAB_SIZE} is not below {VOCAB_SIZE}" in error["message"]
 
 
+def test_bytes_of_log_probabilities_join_to_the_text(echo_server: ServerProcess) -> None:
+    answer = echo_server.client.chat.completions.create(
+        model="fake", messages=[{"role": "user", "content": "é🎉"}], max_tokens=12, logprobs=True
+    )
+    assert answer.choices[0].message.content == "user: é🎉"
+    tokens = answer.choices[0].logprobs.content
+    assert bytes(byte for token in tokens for byte in token.bytes).decode() == "user: é🎉"
+    assert tokens[6].token == "\N{REPLACEMENT CHARACTER}"
+
+
 def test_fills_the_context_unless_told(echo_server: ServerProcess) -> None:
     answer = echo_server.client.chat.completions.create(model="fake", messages=HELLO)
     assert answer.usage is not None
