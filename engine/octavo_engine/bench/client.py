@@ -6,6 +6,7 @@ httptools on asyncio's own transports, a connection a request.
 """
 
 import asyncio
+import functools
 import ipaddress
 import json
 import ssl
@@ -97,12 +98,16 @@ async def run_closed(
 
 
 async def run_open(endpoint: Endpoint, requests: Sequence[BenchRequest], time_limit_s: float) -> list[RequestResult]:
-    """Send each request at its own arrival time, however many are running; `time_limit_s` as in `run_closed`."""
+    """Send each request at its own arrival time, however many are running; `time_limit_s` as in `run_closed`.
+
+    What a request waits for is counted from that time, also where this client was too busy to send it then.
+    """
     run_start_s = time.perf_counter()
 
     async def send_on_time(request: BenchRequest) -> _Exchange:
-        await asyncio.sleep(request.arrival_s - (time.perf_counter() - run_start_s))
-        return await _send(endpoint, request, run_start_s + time_limit_s)
+        due_s = run_start_s + request.arrival_s
+        await asyncio.sleep(due_s - time.perf_counter())
+        return await _send(endpoint, request, run_start_s + time_limit_s, due_s)
 
     exchanges = await asyncio.gather(*(send_on_time(request) for request in requests))
     return [exchange.result(run_start_s) for exchange in exchanges]
@@ -119,13 +124,18 @@ async def get_json(endpoint: Endpoint, path: str, timeout_s: float) -> Any:
     return json.loads(body)
 
 
-async def _send(endpoint: Endpoint, request: BenchRequest, deadline_s: float) -> "_Exchange":
-    """Send one request and note what comes. It fails at `deadline_s`, on perf_counter's clock."""
+async def _send(
+    endpoint: Endpoint, request: BenchRequest, deadline_s: float, due_s: float | None = None
+) -> "_Exchange":
+    """Send one request and note what comes.
+
+    deadline_s: when it fails; due_s: when it starts, if not when it is sent; both on perf_counter's clock
+    """
     exchange = _Exchange(request)
     message = _completion_message(endpoint, request)
-    exchange.start_s = time.perf_counter()
+    exchange.start_s = time.perf_counter() if due_s is None else due_s
     try:
-        async with asyncio.timeout(deadline_s - exchange.start_s):
+        async with asyncio.timeout(deadline_s - time.perf_counter()):
             await _exchange(endpoint, exchange.response, message)
     except TimeoutError:
         exchange.error = "the answer had not ended at the time limit"
@@ -206,9 +216,15 @@ class _Protocol(asyncio.Protocol):
             self.done.set_exception(error)
 
 
+@functools.cache
+def _tls_context() -> ssl.SSLContext:
+    """Read once: the certificates of all authorities take milliseconds."""
+    return ssl.create_default_context()
+
+
 async def _exchange(endpoint: Endpoint, response: _Response, message: bytes) -> None:
     """Send `message` over a connection of its own and fill `response` until it ends."""
-    tls = ssl.create_default_context() if endpoint.uses_tls else None
+    tls = _tls_context() if endpoint.uses_tls else None
     transport, protocol = await asyncio.get_running_loop().create_connection(
         lambda: _Protocol(response), endpoint.host, endpoint.port, ssl=tls
     )
@@ -239,7 +255,7 @@ class _Exchange:
             num_input_tokens=len(self.request.prompt_token_ids),
             num_output_tokens=stream.num_output_tokens,
             num_wanted_tokens=self.request.num_output_tokens,
-            error=self.error or self._status_error() or stream.error or stream.missing,
+            error=self.error or self._status_error() or stream.error or stream.missing(self.request.num_output_tokens),
             num_cached_tokens=stream.num_cached_tokens,
         )
 
@@ -257,12 +273,15 @@ class _Stream:
     num_cached_tokens: int = 0
     error: str | None = None
 
-    @property
-    def missing(self) -> str | None:
+    def missing(self, num_wanted_tokens: int) -> str | None:
         """What a whole answer has and this one lacks."""
         if not self.token_times_s:
             return "the answer carried no token"
-        return None if self.num_output_tokens else "the answer carried no usage"
+        if not self.num_output_tokens:
+            return "the answer carried no usage"
+        if self.num_output_tokens != num_wanted_tokens:
+            return f"the answer has {self.num_output_tokens} tokens where {num_wanted_tokens} were asked for"
+        return None
 
 
 def _read_events(chunks: Sequence[tuple[float, bytes]]) -> _Stream:

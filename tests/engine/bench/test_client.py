@@ -1,5 +1,6 @@
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -106,9 +107,16 @@ async def test_events_may_be_split_and_joined_anywhere() -> None:
     async def answer(_: dict[str, object], writer: Writer) -> None:
         await stream([whole[:20], whole[20:90], whole[90:]], writer)
 
-    result = await ask(answer)
+    result = await ask(answer, num_output=2)
     assert result.error is None
     assert (len(result.token_times_s), result.num_output_tokens) == (2, 2)
+
+
+async def test_an_answer_of_another_length_is_none() -> None:
+    async def answer(_: dict[str, object], writer: Writer) -> None:
+        await stream([text("a"), usage(3)], writer)
+
+    assert (await ask(answer, num_output=7)).error == "the answer has 3 tokens where 7 were asked for"
 
 
 async def test_sends_token_ids_and_forces_the_length() -> None:
@@ -185,14 +193,21 @@ async def test_closed_loop_never_exceeds_its_concurrency() -> None:
     assert [result.error for result in results] == [None] * 9
 
 
-async def test_open_loop_sends_at_the_arrival_times() -> None:
+async def test_open_loop_counts_from_the_arrival_times() -> None:
+    came_s: list[float] = []
+
     async def answer(_: dict[str, object], writer: Writer) -> None:
+        came_s.append(time.perf_counter())
         await stream([text("a"), usage(1)], writer)
 
     requests = [BenchRequest((1,), 1, arrival_s) for arrival_s in (0.0, 0.05, 0.1)]
     async with serving(answer) as endpoint:
+        asyncio.get_running_loop().call_later(0.02, time.sleep, 0.2)  # a client that is too busy
+        begun_s = time.perf_counter()
         results = await run_open(endpoint, requests, 10.0)
-    assert all(result.start_s >= request.arrival_s for result, request in zip(results, requests, strict=True))
+    assert [result.start_s for result in results] == pytest.approx([0.0, 0.05, 0.1], abs=1e-6)
+    assert came_s[-1] - begun_s > 0.2
+    assert results[-1].token_times_s[0] > 0.2
 
 
 async def test_get_json_reads_a_plain_answer() -> None:
